@@ -1,0 +1,249 @@
+"""A decoding strategy as the user names it: a word, a call with numbers, or a settings object."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoestring.decoding.drafters.draft_model import DraftModelDrafter
+from shoestring.decoding.drafters.lookahead import LookaheadDrafter
+from shoestring.decoding.drafters.merged import AcceptanceRates, MergedDrafter
+from shoestring.decoding.drafters.ngram import NgramDrafter
+from shoestring.decoding.drafters.protocol import Drafter
+from shoestring.decoding.tune import StepCost
+from shoestring.engine.runner import Runner
+from shoestring.engine.sampling import SamplingOptions
+from shoestring.errors import RequestError, suggest
+
+__all__ = [
+    "Auto",
+    "Autoregressive",
+    "Decoding",
+    "DraftModel",
+    "DraftingEnvironment",
+    "Lookahead",
+    "Ngram",
+    "as_decoding",
+    "describe",
+]
+
+
+@dataclass
+class DraftingEnvironment:
+    """What drafters may need from the loaded model; costly parts are made when first asked for."""
+
+    step_cost: Callable[[], StepCost]
+    load_draft_runner: Callable[[str], Runner]
+    rates: AcceptanceRates = field(default_factory=AcceptanceRates)
+    draft_slots: int = 0
+
+
+def _at_least(settings: object, **least: int) -> None:
+    for name, value in least.items():
+        given = getattr(settings, name)
+        if given is not None and (not isinstance(given, int) or given < value):
+            kind = type(settings).__name__.lower()
+            raise RequestError(f"{kind}: {name} is {given!r}; it must be a whole number of at least {value}")
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """Plain decoding: one token per step."""
+
+    def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
+        """Nothing drafts."""
+        return None
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """Lookahead decoding, the paper's algorithm. Without numbers it sizes itself from the measured step cost.
+
+    Args:
+        window, ngram, guesses: W, N, G of the paper; the paper's choice for 7B models on a GPU is 15, 5, 15.
+        prompt_pool: also take n-grams from the prompt and the output.
+        keep_window: also accept window rows that turn out right.
+    """
+
+    window: int | None = None
+    ngram: int | None = None
+    guesses: int | None = None
+    prompt_pool: bool = False
+    keep_window: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self, window=1, ngram=2, guesses=1)
+
+    def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
+        """A lookahead drafter of the given or measured size."""
+        window, ngram, guesses = self.window, self.ngram, self.guesses
+        if window is None or ngram is None or guesses is None:
+            sized = _affordable_lookahead(environment.step_cost())
+            window, ngram, guesses = window or sized[0], ngram or sized[1], guesses or sized[2]
+        return LookaheadDrafter(
+            window,
+            ngram,
+            guesses,
+            prompt_pool=self.prompt_pool,
+            keep_window=self.keep_window,
+            seed=sampling.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Ngram:
+    """Suffix matches in prompt and output (prompt lookup), longest first.
+
+    Args:
+        longest, shortest: lengths of the suffix looked for.
+        tokens: the most tokens of a branch.
+        branches: the most different continuations.
+    """
+
+    longest: int = 4
+    shortest: int = 1
+    tokens: int = 10
+    branches: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self, longest=1, shortest=1, tokens=1, branches=1)
+        if self.shortest > self.longest:
+            raise RequestError(f"ngram: shortest is {self.shortest}, more than longest ({self.longest})")
+
+    def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
+        """A suffix-match drafter."""
+        return NgramDrafter(self.longest, self.shortest, self.tokens, self.branches)
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """A smaller model with the same tokenizer drafts a chain.
+
+    Args:
+        model: its name, folder or file, as for `load`.
+        tokens: drafted tokens per step.
+    """
+
+    model: str
+    tokens: int = 5
+
+    def __post_init__(self) -> None:
+        _at_least(self, tokens=1)
+
+    def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
+        """A drafter with a slot of its own in the draft model's runner."""
+        runner = environment.load_draft_runner(self.model)
+        slot = environment.draft_slots
+        environment.draft_slots += 1
+        return DraftModelDrafter(runner, slot, self.tokens, sampling)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Merged drafts (suffix matches, recycled successors), as many rows as pay on this machine.
+
+    Args:
+        budget: rows of a step beside the last token's; None: whatever the measured step cost makes worthwhile.
+    """
+
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, budget=1)
+
+    def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
+        """The merged drafter, or plain decoding where no rows can pay."""
+        cost = environment.step_cost()
+        if self.budget is None and not cost.pays():
+            return None
+        return MergedDrafter(cost, self.budget, rates=environment.rates)
+
+
+Decoding = Autoregressive | Lookahead | Ngram | DraftModel | Auto
+
+_NAMES: dict[str, type[Any]] = {
+    "autoregressive": Autoregressive,
+    "lookahead": Lookahead,
+    "ngram": Ngram,
+    "draft_model": DraftModel,
+    "auto": Auto,
+}
+_COMMA = re.compile(r""",(?=(?:[^"']|"[^"]*"|'[^']*')*$)""")  # outside quotes
+_CALL = re.compile(r"\s*([\w -]+?)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
+def as_decoding(decoding: "str | Decoding | Drafter") -> "Decoding | Drafter":
+    """Turn `"lookahead(window=15, ngram=5, guesses=15)"`, a name, settings or a drafter into settings or a drafter.
+
+    Raises:
+        RequestError: an unknown strategy or option, with the nearest known one.
+    """
+    if not isinstance(decoding, str):
+        if isinstance(decoding, Autoregressive | Lookahead | Ngram | DraftModel | Auto | Drafter):
+            return decoding
+        raise RequestError(
+            f"decoding is a {type(decoding).__name__}; give a name, a settings object or a drafter "
+            "(begin, propose, observe)"
+        )
+    match = _CALL.fullmatch(decoding)
+    name = re.sub(r"[ -]", "_", match[1].lower()) if match else decoding
+    if match is None or name not in _NAMES:
+        raise RequestError(
+            f"unknown decoding strategy {decoding!r}{suggest(name, _NAMES)}; known: {', '.join(_NAMES)}"
+        )
+    kind = _NAMES[name]
+    arguments = _arguments(decoding, match[2] or "")
+    known = [item.name for item in dataclasses.fields(kind)]
+    for option in arguments:
+        if option not in known:
+            options = ", ".join(known) or "none"
+            raise RequestError(f"{name} has no option {option!r}{suggest(option, known)}; it has: {options}")
+    missing = [
+        item.name
+        for item in dataclasses.fields(kind)
+        if item.default is dataclasses.MISSING and item.name not in arguments
+    ]
+    if missing:
+        raise RequestError(f"{name} needs {missing[0]}: {name}({missing[0]}=...)")
+    settings: Decoding = kind(**arguments)
+    return settings
+
+
+def describe(decoding: "Decoding | Drafter") -> str:
+    """The strategy as text that `as_decoding` reads (a user's drafter: its name)."""
+    for name, kind in _NAMES.items():
+        if isinstance(decoding, kind):
+            changed = [
+                f"{item.name}={value!r}"
+                for item in dataclasses.fields(kind)
+                if (value := getattr(decoding, item.name)) != item.default
+            ]
+            return f"{name}({','.join(changed)})" if changed else name
+    return str(getattr(decoding, "name", type(decoding).__name__))
+
+
+def _arguments(text: str, inside: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for part in filter(None, (piece.strip() for piece in _COMMA.split(inside))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name.isidentifier() or not value:
+            raise RequestError(f"cannot read {part!r} in {text!r}; write it like lookahead(window=15,ngram=5)")
+        try:
+            # true and false as in JSON; a bare word is a string: draft_model(model=smollm2-135m)
+            values[name] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value, value))
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values
+
+
+def _affordable_lookahead(cost: StepCost) -> tuple[int, int, int]:
+    """The (window, ngram, guesses) with the most predicted tokens/s (tokens per step grow with log rows, section 3.4)."""
+    sizes = [(15, 5, 15), (10, 5, 10), (7, 5, 7), (5, 5, 5), (5, 4, 5), (4, 4, 4), (4, 3, 4), (2, 3, 3)]
+
+    def speed(size: tuple[int, int, int]) -> float:
+        rows = (size[0] + size[2]) * (size[1] - 1)
+        return (1 + 0.14 * rows.bit_length()) / cost.of(rows)
+
+    return max(sizes, key=speed)

@@ -1,0 +1,132 @@
+"""What a step costs by its rows, measured on this machine, and how many rows that makes worthwhile."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from shoestring.engine.runner import Outputs, Runner
+from shoestring.engine.sampling import SamplingOptions
+from shoestring.engine.tokentree import TokenTree
+
+__all__ = ["ROW_COUNTS", "StepCost", "measure_step_cost", "remembered_step_cost"]
+
+ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_CONTEXT = 192
+_TUNING_SLOT = -1
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of a step by its rows, for increasing row counts."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    @cached_property
+    def _monotone(self) -> list[float]:
+        # More rows never cost less: what was measured cheaper at more rows is cheap at fewer too.
+        seconds = list(self.seconds)
+        for index in range(len(seconds) - 2, -1, -1):
+            seconds[index] = min(seconds[index], seconds[index + 1])
+        return seconds
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that were measured."""
+        return self.rows[-1]
+
+    def of(self, rows: int) -> float:
+        """Seconds of a step with so many rows, interpolated (extrapolated in proportion)."""
+        seconds = self._monotone
+        if rows >= self.rows[-1]:
+            return seconds[-1] * rows / self.rows[-1]
+        for (low, high), (cheap, dear) in zip(
+            zip(self.rows, self.rows[1:], strict=False), zip(seconds, seconds[1:], strict=False), strict=True
+        ):
+            if rows <= high:
+                return cheap + (dear - cheap) * max(rows - low, 0) / (high - low)
+        return seconds[0]
+
+    def pays(self, most_tokens: float = 2.5) -> bool:
+        """Whether any number of rows could be worth its time if it gave the most tokens that drafts ever do.
+
+        Tokens per step grow about with the logarithm of the rows: `1 + log2(rows) / 4` up to `most_tokens`.
+        """
+        plain = self.of(1)
+        return any(
+            min(1 + (count.bit_length() - 1) / 4, most_tokens) * plain > self.of(count)
+            for count in self.rows[1:]
+        )
+
+    def best_rows(self, chances: Sequence[float], batch: int = 1) -> int:
+        """How many drafted rows, taken in order, give the most expected tokens per second.
+
+        `chances[i]` is the chance that row i is accepted; each of `batch` sequences drafts alike.
+        """
+        best, best_speed, expected = 0, 1 / self.of(batch), 1.0
+        for index, chance in enumerate(chances):
+            expected += chance
+            speed = expected / self.of(batch * (index + 2))
+            if speed > best_speed:
+                best, best_speed = index + 1, speed
+        return best
+
+
+def measure_step_cost(
+    runner: Runner,
+    rows: Sequence[int] = ROW_COUNTS,
+    repetitions: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> StepCost:
+    """Time steps of a chain of rows behind a short context (medians; a few seconds for a small model)."""
+    limit = runner.max_positions or 1 << 30
+    context = max(1, min(_CONTEXT, limit // 2))
+    rows = [count for count in rows if context + count < limit] or [1]
+    vocabulary = runner.vocab_size
+    runner.open(_TUNING_SLOT, SamplingOptions())
+    try:
+        prompt = [(11 * i + 5) % vocabulary for i in range(context)]
+        runner.step({_TUNING_SLOT: TokenTree.chain(prompt)}, Outputs({_TUNING_SLOT: []}))
+        runner.commit({_TUNING_SLOT: range(context)})
+        seconds = []
+        for done, count in enumerate(rows):
+            if progress is not None:
+                progress(done, len(rows))
+            tree = TokenTree.chain([(17 * i + 3) % vocabulary for i in range(count)])
+            times = []
+            for _ in range(repetitions + 1):
+                began = time.perf_counter()
+                runner.step({_TUNING_SLOT: tree})[_TUNING_SLOT].next_token(0)
+                times.append(time.perf_counter() - began)
+            seconds.append(statistics.median(times[1:]))
+        if progress is not None:
+            progress(len(rows), len(rows))
+    finally:
+        runner.release(_TUNING_SLOT)
+    return StepCost(tuple(rows), tuple(seconds))
+
+
+def remembered_step_cost(
+    runner: Runner, path: Path, progress: Callable[[int, int], None] | None = None
+) -> StepCost:
+    """The cost in the file `path`, or a new measurement written there."""
+    try:
+        stored = json.loads(path.read_text())
+        cost = StepCost(tuple(map(int, stored["rows"])), tuple(map(float, stored["seconds"])))
+        if cost.rows and len(cost.rows) == len(cost.seconds) and all(value > 0 for value in cost.seconds):
+            return cost
+    except (OSError, ValueError, KeyError, TypeError):
+        cost = None  # not measured yet, or not by this version: measure
+    cost = measure_step_cost(runner, progress=progress)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"rows": cost.rows, "seconds": cost.seconds}))
+        part.replace(path)
+    except OSError:
+        return cost  # a read-only cache only costs the measurement again next time
+    return cost

@@ -1,0 +1,224 @@
+"""Any Hugging Face causal language model as a runner, on any device: the plain twin of all faster bodies."""
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoestring.engine import admission
+from shoestring.engine.attention import StepLayout, active_step, register_attention
+from shoestring.engine.kvcache import KVCache
+from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
+from shoestring.engine.sampling import SamplingOptions, next_token
+from shoestring.engine.tokentree import TokenTree
+from shoestring.errors import RequestError
+
+__all__ = ["HFRunner"]
+
+
+class HFRunner:
+    """Runs an unmodified HF model over token trees.
+
+    The model's attention is switched to tree attention, which is transformers' SDPA outside our steps; `close`
+    switches it back.
+
+    Raises:
+        UnsupportedModelError: the engine would not be right on this architecture.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        register_attention()
+        admission.check_architecture(model)
+        self.model = model
+        self._original_attention: str = admission.text_config(model)._attn_implementation
+        self._limit = admission.max_positions(model)
+        planes = admission.probe(model, self._original_attention)
+        self.cache = KVCache(planes, self._limit)
+        self._vocab_size = int(admission.text_config(model).vocab_size)
+        self._embedding = model.get_input_embeddings()  # type: ignore[operator]
+        self._device: torch.device = self._embedding.weight.device
+        self._selects_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._sampling: dict[int, SamplingOptions] = {}
+        self._trees: dict[int, TokenTree] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+        return self._vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most positions the model can be right on."""
+        return self._limit
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self._device
+
+    def open(self, slot: int, sampling: SamplingOptions, prompt: Sequence[int] = ()) -> int:
+        """Open a slot; return how many of the prompt's first tokens are cached already."""
+        cached = self.cache.open(slot, prompt)
+        self._sampling[slot] = sampling
+        return cached
+
+    def step(self, trees: Mapping[int, TokenTree], want: Outputs = NEXT_TOKENS) -> StepResult:
+        """One forward pass over the slots' trees, packed into one sequence."""
+        if not trees:
+            raise RequestError("a step needs at least one slot's tree")
+        cached = {slot: self.cache.length(slot) for slot in trees}
+        for slot, tree in trees.items():
+            deepest = cached[slot] + max(tree.depths) + 1
+            if self._limit is not None and deepest > self._limit:
+                raise RequestError(f"the step reaches position {deepest} of a model with {self._limit}")
+            self.cache.reserve(slot, len(tree))
+        layout = StepLayout.pack(trees, cached, self._device)
+        rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
+        kept = [
+            segment.first_row + row for segment in layout.segments for row in rows[segment.slot]
+        ]
+        arguments = self._inputs(trees)
+        everything = len(kept) == layout.total_rows
+        if self._selects_rows and not everything:
+            # At least one row: some models take an empty selection for all of them.
+            arguments["logits_to_keep"] = torch.tensor(kept or [0], device=self._device)
+        with torch.inference_mode(), active_step(layout):
+            output = self.model(
+                position_ids=layout.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+                output_hidden_states=bool(want.hidden_states),
+                **arguments,
+            )
+            logits = output.logits[0]
+            if not self._selects_rows and not everything:
+                logits = logits[torch.tensor(kept, device=logits.device)]
+            hidden = {layer: output.hidden_states[layer][0] for layer in want.hidden_states}
+        self._trees = dict(trees)
+        results: dict[int, RowResults] = {}
+        first = 0
+        for segment in layout.segments:
+            slot, count = segment.slot, len(rows[segment.slot])
+            results[slot] = _SlotResults(
+                trees[slot],
+                {row: index for index, row in enumerate(rows[slot])},
+                logits[first : first + count],
+                {layer: states[segment.first_row :] for layer, states in hidden.items()},
+                self._sampling[slot],
+                segment.cached,
+                self.cache.tokens(slot),
+                want.top_k,
+            )
+            first += count
+        return results
+
+    def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
+        """Keep these rows of the last step."""
+        for slot, rows in paths.items():
+            tree = self._trees[slot]
+            self.cache.commit(slot, [tree.tokens[row] for row in rows], rows)
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Drop all cached tokens beyond the first `length`."""
+        self.cache.rewind(slot, length)
+
+    def release(self, slot: int) -> None:
+        """Close a slot; its cache is kept for a prompt that continues it."""
+        self.cache.release(slot)
+        self._sampling.pop(slot)
+        self._trees.pop(slot, None)
+
+    def close(self) -> None:
+        """Switch the model back to the attention it came with and drop the cache."""
+        admission._switch_attention(self.model, self._original_attention)
+        self.cache.clear()
+
+    def _inputs(self, trees: Mapping[int, TokenTree]) -> dict[str, Any]:
+        tokens = [max(token, 0) for tree in trees.values() for token in tree.tokens]
+        input_ids = torch.tensor([tokens], device=self._device)
+        if not any(tree.embeddings for tree in trees.values()):
+            return {"input_ids": input_ids}
+        with torch.inference_mode():
+            embeddings = self._embedding(input_ids).clone()
+            first = 0
+            for tree in trees.values():
+                for row, vector in (tree.embeddings or {}).items():
+                    embeddings[0, first + row] = vector.to(embeddings)
+                first += len(tree)
+        return {"inputs_embeds": embeddings}
+
+
+class _SlotResults:
+    """Lazy on purpose: on a CPU a row's next token is computed only where the walk comes by."""
+
+    def __init__(
+        self,
+        tree: TokenTree,
+        index: dict[int, int],
+        logits: Tensor,
+        hidden: dict[int, Tensor],
+        sampling: SamplingOptions,
+        cached: int,
+        tokens: Sequence[int],
+        top_k: int,
+    ) -> None:
+        self._tree, self._index, self._logits, self._hidden = tree, index, logits, hidden
+        self._sampling, self._cached, self._tokens, self._top_k = sampling, cached, tokens, top_k
+        self._next: dict[int, int] = {}
+
+    def has(self, row: int) -> bool:
+        return row in self._index
+
+    def next_token(self, row: int) -> int:
+        if row not in self._next:
+            sampling = self._sampling
+            allowed = self._tree.allowed.get(row) if self._tree.allowed else None
+            if sampling.greedy and allowed is None and sampling.repetition_penalty == 1:
+                self._next[row] = self.argmax(row)
+            else:
+                seen: Sequence[int] = ()
+                if sampling.repetition_penalty != 1:
+                    path = [self._tree.tokens[ancestor] for ancestor in self._tree.path(row)]
+                    seen = [*self._tokens[: self._cached], *(token for token in path if token >= 0)]
+                self._next[row] = next_token(
+                    self._logits[self._index[row]],
+                    sampling,
+                    self._cached + self._tree.depths[row] + 1,
+                    seen,
+                    allowed,
+                )
+        return self._next[row]
+
+    def argmax(self, row: int) -> int:
+        return self._argmaxes[self._index[row]]
+
+    def top_k(self, row: int) -> list[int]:
+        return self._top[self._index[row]]
+
+    def logits(self, row: int) -> Tensor:
+        return self._logits[self._index[row]]
+
+    def log_probability(self, row: int, token: int) -> float:
+        return float(self._logits[self._index[row]].float().log_softmax(-1)[token])
+
+    def hidden_state(self, row: int, layer: int) -> Tensor:
+        return self._hidden[layer][row]
+
+    @functools.cached_property
+    def _argmaxes(self) -> list[int]:
+        values, indices = self._logits.max(dim=-1)
+        if not bool(torch.isfinite(values).all()):
+            raise RequestError("the model's logits are not finite numbers (try dtype='float32')")
+        result: list[int] = indices.tolist()
+        return result
+
+    @functools.cached_property
+    def _top(self) -> list[list[int]]:
+        if not self._top_k:
+            raise KeyError("the step was not asked for top_k")
+        result: list[list[int]] = self._logits.topk(self._top_k, dim=-1).indices.tolist()
+        return result

@@ -1,0 +1,100 @@
+"""The runner protocol: one forward pass over the token trees of several sequences, whatever body runs it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from shoestring.engine.sampling import SamplingOptions
+from shoestring.engine.tokentree import TokenTree
+
+__all__ = ["NEXT_TOKENS", "Outputs", "RowResults", "Runner", "StepResult"]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a step returns beyond each row's next token, and for which rows.
+
+    Args:
+        rows: slot -> rows whose outputs are wanted; a slot that is not named, or None: every row.
+        top_k: how many of each row's likeliest tokens `RowResults.top_k` can return.
+        logits: keep logits for `RowResults.logits` and `log_probability`.
+        hidden_states: layers whose outputs are kept (0 is the embedding, as in transformers).
+    """
+
+    rows: Mapping[int, Sequence[int]] | None = None
+    top_k: int = 0
+    logits: bool = False
+    hidden_states: tuple[int, ...] = ()
+
+    def rows_of(self, slot: int, tree: TokenTree) -> Sequence[int]:
+        """The wanted rows of one slot, ascending."""
+        if self.rows is None or slot not in self.rows:
+            return range(len(tree))
+        return sorted(set(self.rows[slot]))
+
+
+NEXT_TOKENS = Outputs()
+"""Every row's next token and nothing else."""
+
+
+class RowResults(Protocol):
+    """A step's results for one slot. Asking for a row that was not wanted raises KeyError."""
+
+    def has(self, row: int) -> bool:
+        """Whether the row's outputs were computed."""
+
+    def next_token(self, row: int) -> int:
+        """The token that follows the row under the slot's sampling options."""
+
+    def argmax(self, row: int) -> int:
+        """The likeliest token, unwarped."""
+
+    def top_k(self, row: int) -> list[int]:
+        """The likeliest tokens, best first, as many as were asked for."""
+
+    def logits(self, row: int) -> Tensor:
+        """The row's logits [V]."""
+
+    def log_probability(self, row: int, token: int) -> float:
+        """Log-probability of `token` after the row, unwarped."""
+
+    def hidden_state(self, row: int, layer: int) -> Tensor:
+        """The row's hidden state [E] after a layer."""
+
+
+StepResult = Mapping[int, RowResults]
+"""Results per slot; valid until the runner's next step."""
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """One model behind one face.
+
+    A slot is opened with a prompt, stepped and committed in turns, and released. Slots may join and leave
+    between steps. `step` changes nothing that is kept; `commit` keeps some rows of the last step.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most positions the model can be right on; None where nothing limits them."""
+
+    def open(self, slot: int, sampling: SamplingOptions, prompt: Sequence[int] = ()) -> int:
+        """Open a slot; return how many of the prompt's first tokens are cached already (a reused prefix)."""
+
+    def step(self, trees: Mapping[int, TokenTree], want: Outputs = NEXT_TOKENS) -> StepResult:
+        """One forward pass over the slots' trees."""
+
+    def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
+        """Keep the cache entries of these rows of the last step, in order, and drop its other rows."""
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Drop all cached tokens of a slot beyond the first `length`."""
+
+    def release(self, slot: int) -> None:
+        """Close a slot."""

@@ -1,0 +1,197 @@
+"""A row's next token: penalty, temperature, top-k, top-p, min-p, and noise hashed from (seed, sample, position, token).
+
+Sampling is the Gumbel-max trick: the arg-max of log-probability plus noise. The noise is a counter-based hash, so a
+row's next token is a function of the row alone, whatever step computed it: that is what makes every decoding
+strategy give the tokens of plain decoding. Filters follow transformers' order and meaning.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from shoestring.errors import RequestError
+
+__all__ = ["SamplingOptions", "next_token", "noise", "warp"]
+
+_PREFILTER = 256
+_MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is drawn; the defaults are greedy and unfiltered.
+
+    Args:
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens that together reach this probability; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
+        repetition_penalty: divide (or, where negative, multiply) the logits of tokens seen before; 1 does nothing.
+        seed: of the noise; any integer.
+        sample: which of several samples of the same prompt and seed this is.
+
+    Raises:
+        RequestError: a value outside its range, or NaN.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    sample: int = 0
+
+    def __post_init__(self) -> None:
+        ranges: list[tuple[str, bool, str]] = [
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0 (0 is greedy)"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 does nothing)"),
+        ]
+        for name, valid, range_text in ranges:
+            if not valid:
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be {range_text}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no noise is drawn."""
+        return self.temperature == 0
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens may be cut off before drawing."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def next_token(
+    logits: Float[Tensor, " V"],
+    options: SamplingOptions,
+    position: int,
+    seen: Sequence[int] = (),
+    allowed: Tensor | None = None,
+) -> int:
+    """The token that follows a row.
+
+    Args:
+        logits: the row's logits, in any float type.
+        position: the next token's absolute position (the row's own plus one).
+        seen: the sequence up to and including the row; read where there is a repetition penalty.
+        allowed: mask [V] of the tokens that may follow, or None for all.
+
+    Raises:
+        RequestError: `allowed` allows nothing, or the logits are not finite numbers.
+    """
+    if allowed is not None or options.repetition_penalty != 1:
+        logits = _constrain(logits.float(), options, seen, allowed)
+    if options.greedy:
+        # `max`, not `argmax`: vectorised on CPUs in every type; ties go to the first token in both.
+        value, index = logits.max(dim=-1)
+        if not math.isfinite(float(value)):
+            raise RequestError(_not_finite(allowed))
+        return int(index)
+    if options.filtered and logits.shape[-1] > _PREFILTER:
+        candidates = _prefiltered(logits, options)
+        if candidates is not None:
+            scores, tokens = candidates
+            return int(tokens[(scores + noise(options, position, tokens)).argmax()])
+    scores = warp(logits.float(), options)
+    if not math.isfinite(float(scores.max())):
+        raise RequestError(_not_finite(allowed))
+    tokens = torch.arange(logits.shape[-1], device=logits.device)
+    return int((scores + noise(options, position, tokens)).argmax())
+
+
+def warp(logits: Float[Tensor, "... V"], options: SamplingOptions) -> Float[Tensor, "... V"]:
+    """Temperature and filters; what is cut off becomes -inf. The softmax is the distribution drawn from."""
+    scores = logits / options.temperature if options.temperature > 0 else logits
+    if options.top_k > 0 and options.top_k < scores.shape[-1]:
+        least = scores.topk(options.top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < least, -math.inf)
+    if options.top_p < 1:
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(dim=-1)
+        # A token stays while the mass of those before it has not reached top_p: the likeliest always does.
+        cut = probabilities.cumsum(dim=-1) - probabilities >= options.top_p
+        scores = scores.masked_fill(cut.scatter(-1, order, cut), -math.inf)
+    if options.min_p > 0:
+        least = scores.max(dim=-1, keepdim=True).values + math.log(options.min_p)
+        scores = scores.masked_fill(scores < least, -math.inf)
+    return scores
+
+
+def noise(options: SamplingOptions, position: int, tokens: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Standard Gumbel noise of each token at this position, the same on every device up to rounding.
+
+    Two rounds of a 32-bit finaliser over (token, key), where the key mixes seed, sample and position.
+    `log1p` of a 32-bit uniform keeps the upper tail exact in float32.
+    """
+    key = _mix64(_mix64(_mix64(options.seed) ^ options.sample) ^ position)
+    bits = _mix32(tokens.long() ^ (key & _MASK32))
+    bits = _mix32(bits ^ (key >> 32))
+    uniform = ((bits.double() + 0.5) * 2.0**-32).float().clamp_(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _prefiltered(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor] | None:
+    """The surviving tokens' scores and ids from the likeliest 256, or None where more may survive."""
+    if options.top_k > _PREFILTER:
+        return None
+    top = logits.topk(_PREFILTER)
+    scores = top.values.float() / options.temperature
+    if not math.isfinite(float(scores[0])):
+        raise RequestError(_not_finite(None))
+    if options.top_k == 0:
+        total = torch.logsumexp(logits.float() / options.temperature, dim=-1)
+        inside_min_p = options.min_p > 0 and float(scores[-1]) < float(scores[0]) + math.log(options.min_p)
+        inside_top_p = options.top_p < 1 and float((scores - total).exp().sum()) >= options.top_p + 1e-4
+        if not (inside_min_p or inside_top_p):
+            return None
+        if options.top_p < 1:
+            probabilities = (scores - total).exp()
+            scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities >= options.top_p, -math.inf)
+        if options.min_p > 0:
+            scores = scores.masked_fill(scores < scores[0] + math.log(options.min_p), -math.inf)
+    else:
+        if float(scores[-1]) >= float(scores[options.top_k - 1]):
+            return None  # a tie at the edge reaches beyond what is in sight
+        scores = warp(scores, SamplingOptions(temperature=1, top_k=options.top_k, top_p=options.top_p,
+                                              min_p=options.min_p))
+    return scores, top.indices
+
+
+def _constrain(
+    logits: Tensor, options: SamplingOptions, seen: Sequence[int], allowed: Tensor | None
+) -> Tensor:
+    if options.repetition_penalty != 1 and seen:
+        index = torch.tensor(sorted(set(seen)), device=logits.device)
+        values = logits[index]
+        penalty = options.repetition_penalty
+        logits = logits.index_copy(0, index, torch.where(values < 0, values * penalty, values / penalty))
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed.to(logits.device), -math.inf)
+    return logits
+
+
+def _not_finite(allowed: Tensor | None) -> str:
+    if allowed is not None and not bool(allowed.any()):
+        return "the grammar allows no token here"
+    return "the model's logits are not finite numbers (try dtype='float32')"
+
+
+def _mix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK32
+    return x ^ (x >> 16)

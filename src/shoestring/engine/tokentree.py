@@ -1,0 +1,99 @@
+"""A decoding step's input: tokens, each naming its parent row. Depths, positions and the ancestor mask follow."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from shoestring.errors import RequestError
+
+__all__ = ["NO_TOKEN", "TokenTree"]
+
+NO_TOKEN = -1
+"""The token id of a row that brings its own embedding; no next token ever equals it."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTree:
+    """Rows of one step of one sequence.
+
+    Row 0 is the last accepted token; every other row follows the row that `parents` names. A row at depth d
+    has position n + d, where n tokens are cached, and attends to the cache, its ancestors and itself.
+
+    Args:
+        tokens: a token id per row, `NO_TOKEN` where `embeddings` has the row.
+        parents: the parent's row, always an earlier one; -1 for row 0 alone.
+        embeddings: row -> input embedding [E] (look-ahead tokens, images).
+        allowed: row -> mask [V] of the tokens that may follow the row (grammars).
+
+    Raises:
+        RequestError: no rows, a parent that is not an earlier row, or a row without token and embedding.
+    """
+
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    embeddings: Mapping[int, Tensor] | None = None
+    allowed: Mapping[int, Tensor] | None = None
+    depths: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tokens, parents = self.tokens, self.parents
+        if not tokens or len(tokens) != len(parents) or parents[0] != -1:
+            raise RequestError(
+                f"a token tree needs rows and one parent per row, the first -1: "
+                f"{len(tokens)} tokens, parents {list(parents[:4])}"
+            )
+        depths = [0] * len(tokens)
+        for row in range(1, len(tokens)):
+            parent = parents[row]
+            if not 0 <= parent < row:
+                raise RequestError(f"row {row} names parent {parent}: a parent is an earlier row")
+            depths[row] = depths[parent] + 1
+        for row, token in enumerate(tokens):
+            if token < 0 and not (self.embeddings and row in self.embeddings):
+                raise RequestError(f"row {row} has token {token} and no embedding")
+        object.__setattr__(self, "depths", depths)
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> "TokenTree":
+        """A tree without branches: each token follows the one before it (prefill, plain decoding)."""
+        return cls(tokens, range(-1, len(tokens) - 1))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether every row follows the row before it."""
+        return self.depths[-1] == len(self.tokens) - 1
+
+    @cached_property
+    def children(self) -> list[list[int]]:
+        """Each row's children, in row order."""
+        children: list[list[int]] = [[] for _ in self.tokens]
+        for row in range(1, len(self.tokens)):
+            children[self.parents[row]].append(row)
+        return children
+
+    def path(self, row: int) -> list[int]:
+        """The rows from row 0 to `row`, both included."""
+        rows = [row]
+        while (row := self.parents[row]) >= 0:
+            rows.append(row)
+        return rows[::-1]
+
+    def ancestor_mask(self) -> Bool[Tensor, "T T"]:
+        """True where the column's row is the row itself or one of its ancestors."""
+        count = len(self.tokens)
+        if self.is_chain:
+            return torch.ones(count, count, dtype=torch.bool).tril_()
+        mask = np.zeros((count, count), dtype=bool)
+        for row, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[row, :row] = mask[parent, :row]
+            mask[row, row] = True
+        return torch.from_numpy(mask)

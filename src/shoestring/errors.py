@@ -1,0 +1,48 @@
+"""One family of errors: each message names the offending value and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "DownloadError",
+    "MissingDependencyError",
+    "ModelFileError",
+    "RequestError",
+    "ShoestringError",
+    "UnsupportedModelError",
+    "suggest",
+]
+
+
+class ShoestringError(Exception):
+    """The work failed. The command line exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class RequestError(ShoestringError, ValueError):
+    """The request itself was wrong: an unknown name, an impossible value."""
+
+    exit_code = 2
+
+
+class ModelFileError(ShoestringError):
+    """A model's file is missing, broken, or of a kind that is never read (pickles)."""
+
+
+class UnsupportedModelError(ShoestringError):
+    """The engine cannot be right on this model, so it refuses it by name."""
+
+
+class DownloadError(ShoestringError):
+    """A model could not be fetched, or what arrived is not what was pinned."""
+
+
+class MissingDependencyError(ShoestringError, ImportError):
+    """An optional part is not installed; the message is the command that installs it."""
+
+
+def suggest(value: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the nearest of `known`, or an empty string."""
+    nearest = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -1,0 +1,443 @@
+"""`load` a model; `generate`, `stream` and `score` with it, whatever strategy decodes and whatever body runs it."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+
+from shoestring import hub
+from shoestring.decoding.decode import Emission, Request, decode
+from shoestring.decoding.drafters.protocol import Drafter
+from shoestring.decoding.settings import (
+    Auto,
+    Decoding,
+    DraftingEnvironment,
+    as_decoding,
+    describe,
+)
+from shoestring.decoding.stopping import StopChecker
+from shoestring.decoding.tune import StepCost, remembered_step_cost
+from shoestring.engine.hf_runner import HFRunner
+from shoestring.engine.runner import Outputs, Runner
+from shoestring.engine.sampling import SamplingOptions
+from shoestring.engine.tokentree import TokenTree
+from shoestring.errors import RequestError
+
+__all__ = ["Generation", "LanguageModel", "Piece", "Prompt", "Score", "load"]
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+"""Text completed as it stands, messages for the chat template, or token ids."""
+
+_SCORE_SLOT = -2
+_SCORE_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text and what it took. `steps` counts forward passes that emitted tokens, the prompt's last included."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    steps: int
+    seconds: float
+    finish_reason: str
+    decoding: str
+    logprobs: list[float] | None = None
+    note: str | None = None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Emitted tokens per forward pass; 1 in plain decoding."""
+        return len(self.token_ids) / self.steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens per second, prompt included in the time."""
+        return len(self.token_ids) / self.seconds
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a stream. `text` may be empty where a character or a stop string is not decided yet.
+
+    `drafted` tokens were accepted beyond the first of their step. `index` is the prompt's, in a batch. The last
+    piece of a prompt has a `finish_reason`: "stop" or "length".
+    """
+
+    text: str
+    token_id: int
+    index: int
+    step: int
+    drafted: bool
+    logprob: float | None = None
+    finish_reason: str | None = None
+    trace: Mapping[str, tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely the model finds a text: log-probability of each token after the first, in nats."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+    @property
+    def mean_logprob(self) -> float:
+        """Nats per predicted token."""
+        return sum(self.logprobs) / len(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-mean_logprob)."""
+        return math.exp(-self.mean_logprob)
+
+
+def load(
+    model: str,
+    *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> "LanguageModel":
+    """Load a language model.
+
+    Args:
+        model: a hub id, a local folder of safetensors, a `.gguf` file, or a bundled name ("smollm2-135m").
+        revision: a branch, tag or commit of a hub id.
+        adapter: a PEFT adapter's folder or hub id, merged into the weights.
+        device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps".
+        dtype: "auto" is bfloat16 where the hardware computes in it, else float32.
+        progress: called with (stage, done, total) while files are fetched or converted.
+
+    Raises:
+        RequestError: an unknown name, device or dtype.
+        ModelFileError: broken, missing or pickled files.
+        DownloadError: the model could not be fetched.
+        UnsupportedModelError: the engine would not be right on this architecture.
+    """
+    pretrained = hub.load_pretrained(
+        model, revision=revision, adapter=adapter, dtype=dtype, device=device, progress=progress
+    )
+    return LanguageModel(pretrained.model, pretrained.tokenizer, name=pretrained.name)
+
+
+class LanguageModel:
+    """A causal language model behind the engine. `load` makes one; so does any HF model already in memory.
+
+    Args:
+        model: the HF module, unmodified; `close` gives it its own attention back.
+        tokenizer: transformers' tokenizer, or None to work with token ids only.
+        name: for messages.
+        slots: the most sequences in one step.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, tokenizer: Any = None, *, name: str = "model", slots: int = 8
+    ) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.runner: Runner = HFRunner(model)
+        self._hf_runner = self.runner
+        self._slots = slots
+        self._step_cost: StepCost | None = None
+        self._draft_runners: dict[str, Runner] = {}
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, {self.dtype}, {self._hf_runner.device})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the weights compute in."""
+        dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
+        return dtype
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """All token ids that end a text: the generation config's and the tokenizer's."""
+        config = getattr(self.model, "generation_config", None)
+        ids = getattr(config, "eos_token_id", None)
+        found = list(ids) if isinstance(ids, list | tuple) else [ids]
+        found.append(getattr(self.tokenizer, "eos_token_id", None))
+        return sorted({int(token) for token in found if token is not None})
+
+    @overload
+    def generate(self, prompt: str | Sequence[Message] | Sequence[int], **options: Any) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[Message]] | Sequence[Sequence[int]], **options: Any
+    ) -> list[Generation]: ...
+
+    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
+        """Generate to the end. Options as for `stream`; a list of prompts gives a list of `Generation`s.
+
+        Example:
+            >>> model.generate("The capital of France is", max_new_tokens=8).text
+        """
+        prompts, single = _as_batch(prompt)
+        session = self._session(prompts, **options)
+        began = time.perf_counter()
+        ended = [0.0] * len(prompts)
+        emissions: list[list[Emission]] = [[] for _ in prompts]
+        for emission in session.emissions():
+            emissions[emission.request].append(emission)
+            ended[emission.request] = time.perf_counter() - began
+        generations = [
+            session.generation(index, emissions[index], ended[index]) for index in range(len(prompts))
+        ]
+        return generations[0] if single else generations
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        decoding: str | Decoding | Drafter = "auto",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        logprobs: bool = False,
+    ) -> Iterator[Piece]:
+        """Generate token by token.
+
+        Args:
+            prompt: text (completed as it stands), messages (the tokenizer's chat template), token ids, or a list
+                of any of these.
+            decoding: "autoregressive", "lookahead", "ngram", "draft_model(model=...)", "auto", a settings object, or
+                a `Drafter` of your own. Every strategy gives the same tokens for the same seed.
+            max_new_tokens: the most tokens of each text.
+            temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingOptions`; 0 is greedy.
+            stop: strings that end the text, left out of it.
+            logprobs: also return each token's log-probability (unwarped).
+
+        Raises:
+            RequestError: an empty prompt, one over the context, or a value out of range.
+        """
+        prompts, _ = _as_batch(prompt)
+        session = self._session(
+            prompts,
+            decoding=decoding,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
+            logprobs=logprobs,
+        )
+        return _pieces(session)
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """Log-probability of each of a text's tokens after the first.
+
+        Raises:
+            RequestError: fewer than two tokens, or more than the context holds.
+        """
+        tokens = self.encode(text)
+        limit = self.runner.max_positions
+        if len(tokens) < 2:
+            raise RequestError(f"scoring needs at least two tokens; this text has {len(tokens)}")
+        if limit is not None and len(tokens) > limit:
+            raise RequestError(f"the text has {len(tokens)} tokens and the model's context {limit}; shorten it")
+        logprobs: list[float] = []
+        runner = self.runner
+        runner.open(_SCORE_SLOT, SamplingOptions())
+        try:
+            for start in range(0, len(tokens) - 1, _SCORE_CHUNK):
+                chunk = tokens[start : min(start + _SCORE_CHUNK, len(tokens) - 1)]
+                results = runner.step({_SCORE_SLOT: TokenTree.chain(chunk)}, Outputs(logits=True))[_SCORE_SLOT]
+                following = tokens[start + 1 : start + 1 + len(chunk)]
+                logprobs.extend(results.log_probability(row, token) for row, token in enumerate(following))
+                runner.commit({_SCORE_SLOT: range(len(chunk))})
+        finally:
+            runner.release(_SCORE_SLOT)
+        return Score(tokens, logprobs)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text (with the tokenizer's special tokens), of messages (chat template), or as given.
+
+        Raises:
+            RequestError: an empty prompt, no tokenizer, no chat template, or a malformed message.
+        """
+        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+            tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
+        elif self.tokenizer is None:
+            raise RequestError(f"{self.name} has no tokenizer; give token ids instead of text")
+        elif isinstance(prompt, str):
+            tokens = list(self.tokenizer(prompt)["input_ids"])
+        else:
+            tokens = self._apply_chat_template(prompt)
+        if not tokens:
+            raise RequestError("the prompt is empty; give it at least one token")
+        return tokens
+
+    def step_cost(self, progress: Callable[[int, int], None] | None = None) -> StepCost:
+        """Seconds of a step by its rows: measured once per model and machine, then remembered in the cache."""
+        if self._step_cost is None:
+            path = hub.cache_root() / "step-cost" / f"{self._fingerprint()}.json"
+            self._step_cost = remembered_step_cost(self.runner, path, progress)
+        return self._step_cost
+
+    def close(self) -> None:
+        """Drop the cache and give the HF module its own attention back."""
+        for runner in [self._hf_runner, *self._draft_runners.values()]:
+            if isinstance(runner, HFRunner):
+                runner.close()
+
+    def _apply_chat_template(self, messages: Any) -> list[int]:
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+                raise RequestError(f"a message needs a role and content, and this is {message!r}")
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError(f"{self.name} has no chat template; give the prompt as text")
+        try:
+            return list(
+                self.tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            )
+        except Exception as error:  # templates raise jinja errors of their own wording
+            raise RequestError(f"the chat template refuses these messages: {error}") from error
+
+    def _session(self, prompts: Sequence[Prompt], **options: Any) -> "_Session":
+        known = {
+            "decoding", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+            "repetition_penalty", "stop", "seed", "logprobs",
+        }  # fmt: skip
+        for option in options:
+            if option not in known:
+                from shoestring.errors import suggest
+
+                raise RequestError(f"unknown option {option!r}{suggest(option, known)}")
+        return _Session(self, prompts, **options)
+
+    def _draft_runner(self, name: str) -> Runner:
+        if name not in self._draft_runners:
+            small = load(name, device=str(self._hf_runner.device), dtype=str(self.dtype).split(".")[1])
+            ours, theirs = self.tokenizer, small.tokenizer
+            if ours is None or theirs is None or ours.get_vocab() != theirs.get_vocab():
+                raise RequestError(
+                    f"the draft model {name!r} has another tokenizer than {self.name!r}; both must share one"
+                )
+            self._draft_runners[name] = small.runner
+        return self._draft_runners[name]
+
+    def _fingerprint(self) -> str:
+        from shoestring import __version__
+
+        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
+        config.pop("_name_or_path", None)
+        device = self._hf_runner.device
+        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
+        facts = [config, str(self.dtype), str(device), hardware, torch.__version__, __version__]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+class _Session:
+    """One call of `generate` or `stream`: its requests, and what they become."""
+
+    def __init__(
+        self,
+        owner: LanguageModel,
+        prompts: Sequence[Prompt],
+        *,
+        decoding: str | Decoding | Drafter = "auto",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        logprobs: bool = False,
+    ) -> None:
+        self._owner, self._logprobs = owner, logprobs
+        settings = as_decoding(decoding)
+        self.decoding = describe(settings)
+        self.note: str | None = None
+        if isinstance(settings, Drafter) and len(prompts) > 1:
+            raise RequestError(
+                "one drafter object cannot serve a batch, as it keeps one sequence's state; generate one prompt "
+                "at a time"
+            )
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        environment = DraftingEnvironment(owner.step_cost, owner._draft_runner)
+        encoded = [owner.encode(prompt) for prompt in prompts]
+        self.requests = []
+        for index, tokens in enumerate(encoded):
+            sampling = SamplingOptions(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+                sample=encoded[:index].count(tokens),  # the same prompt again is another sample of it
+            )
+            stopping = StopChecker(owner.tokenizer, owner.eos_ids, max_new_tokens, stops)
+            drafter = settings if isinstance(settings, Drafter) else settings.drafter(environment, sampling)
+            if isinstance(settings, Auto) and drafter is None:
+                self.note = "auto decodes plainly here: further rows cost too much on this machine to pay off"
+            self.requests.append(
+                Request(
+                    prompt=tokens, sampling=sampling, stopping=stopping, drafter=drafter, logprobs=logprobs
+                )
+            )
+
+    def emissions(self) -> Iterator[Emission]:
+        return decode(self._owner.runner, self.requests, self._owner._slots)
+
+    def generation(self, index: int, emissions: list[Emission], seconds: float) -> Generation:
+        last = emissions[-1]
+        return Generation(
+            text="".join(emission.text for emission in emissions),
+            token_ids=[emission.token for emission in emissions],
+            prompt_tokens=len(self.requests[index].prompt),
+            steps=last.step + 1,
+            seconds=seconds,
+            finish_reason=last.finish_reason or "length",
+            decoding=self.decoding,
+            logprobs=[e.logprob for e in emissions if e.logprob is not None] if self._logprobs else None,
+            note=self.note,
+        )
+
+
+def _pieces(session: _Session) -> Iterator[Piece]:
+    for emission in session.emissions():
+        yield Piece(
+            text=emission.text,
+            token_id=emission.token,
+            index=emission.request,
+            step=emission.step,
+            drafted=emission.drafted,
+            logprob=emission.logprob,
+            finish_reason=emission.finish_reason,
+            trace=emission.draft,
+        )
+
+
+def _as_batch(prompt: Any) -> tuple[list[Prompt], bool]:
+    """The prompts as a list, and whether there was just one."""
+    if isinstance(prompt, str):
+        return [prompt], True
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise RequestError("the prompt is empty; give a text, messages, token ids, or a list of these")
+    first = prompt[0]
+    if isinstance(first, Mapping | int):
+        return [prompt], True
+    return list(prompt), False
