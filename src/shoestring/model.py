@@ -252,14 +252,18 @@ class LanguageModel:
         if len(tokens) < 2:
             raise RequestError(f"scoring needs at least two tokens; this text has {len(tokens)}")
         if limit is not None and len(tokens) > limit:
-            raise RequestError(f"the text has {len(tokens)} tokens and the model's context {limit}; shorten it")
+            raise RequestError(
+                f"the text has {len(tokens)} tokens and the model's context {limit}; shorten it"
+            )
         logprobs: list[float] = []
         runner = self.runner
         runner.open(_SCORE_SLOT, SamplingOptions())
         try:
             for start in range(0, len(tokens) - 1, _SCORE_CHUNK):
                 chunk = tokens[start : min(start + _SCORE_CHUNK, len(tokens) - 1)]
-                results = runner.step({_SCORE_SLOT: TokenTree.chain(chunk)}, Outputs(logits=True))[_SCORE_SLOT]
+                results = runner.step({_SCORE_SLOT: TokenTree.chain(chunk)}, Outputs(logits=True))[
+                    _SCORE_SLOT
+                ]
                 following = tokens[start + 1 : start + 1 + len(chunk)]
                 logprobs.extend(results.log_probability(row, token) for row, token in enumerate(following))
                 runner.commit({_SCORE_SLOT: range(len(chunk))})
@@ -325,7 +329,12 @@ class LanguageModel:
                 raise RequestError(f"unknown option {option!r}{suggest(option, known)}")
         return _Session(self, prompts, **options)
 
-    def _draft_runner(self, name: str) -> Runner:
+    def draft_runner(self, name: str) -> Runner:
+        """The runner of a smaller model that drafts for this one.
+
+        Raises:
+            RequestError: the two models' tokenizers differ.
+        """
         if name not in self._draft_runners:
             small = load(name, device=str(self._hf_runner.device), dtype=str(self.dtype).split(".")[1])
             ours, theirs = self.tokenizer, small.tokenizer
@@ -376,7 +385,7 @@ class _Session:
                 "at a time"
             )
         stops = [stop] if isinstance(stop, str) else list(stop)
-        environment = DraftingEnvironment(owner.step_cost, owner._draft_runner)
+        environment = DraftingEnvironment(owner.step_cost, owner.draft_runner)
         encoded = [owner.encode(prompt) for prompt in prompts]
         self.requests = []
         for index, tokens in enumerate(encoded):

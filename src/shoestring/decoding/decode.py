@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from shoestring.decoding.drafters.protocol import Context, Draft, Drafter, StepObservation
-from shoestring.decoding.stopping import StopChecker
+from shoestring.decoding.stopping import Stopping
 from shoestring.decoding.verify import verify
 from shoestring.engine.runner import Outputs, RowResults, Runner
 from shoestring.engine.sampling import SamplingOptions
@@ -25,7 +25,7 @@ class Request:
 
     prompt: list[int]
     sampling: SamplingOptions
-    stopping: StopChecker
+    stopping: Stopping
     drafter: Drafter | None = None
     logprobs: bool = False
 
@@ -99,9 +99,7 @@ def _open(runner: Runner, index: int, request: Request, slot: int) -> _Sequence:
         raise RequestError("the prompt is empty; give it at least one token")
     limit = runner.max_positions
     if limit is not None and len(prompt) >= limit:
-        raise RequestError(
-            f"the prompt has {len(prompt)} tokens and the model's context {limit}; shorten it"
-        )
+        raise RequestError(f"the prompt has {len(prompt)} tokens and the model's context {limit}; shorten it")
     bad = next((token for token in prompt if not 0 <= token < runner.vocab_size), None)
     if bad is not None:
         raise RequestError(f"token id {bad} is not in the model's vocabulary of {runner.vocab_size}")
@@ -200,7 +198,9 @@ def _propose(runner: Runner, sequence: _Sequence, batch: int) -> Draft:
     for node, token in enumerate(draft.tokens):
         if not 0 <= token < vocabulary and node not in draft.embeddings:
             name = getattr(drafter, "name", type(drafter).__name__)
-            raise RequestError(f"the drafter {name!r} proposed token {token}; the vocabulary has {vocabulary}")
+            raise RequestError(
+                f"the drafter {name!r} proposed token {token}; the vocabulary has {vocabulary}"
+            )
     return draft
 
 
@@ -259,5 +259,3 @@ def _trace(sequence: _Sequence, path: list[int], root: int) -> dict[str, tuple[i
             drafted, taken = counts.get(owner, (0, 0))
             counts[owner] = (drafted + 1, taken + (node in accepted))
     return counts
-
-

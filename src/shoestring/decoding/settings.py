@@ -229,10 +229,14 @@ def _arguments(text: str, inside: str) -> dict[str, Any]:
     for part in filter(None, (piece.strip() for piece in _COMMA.split(inside))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name.isidentifier() or not value:
-            raise RequestError(f"cannot read {part!r} in {text!r}; write it like lookahead(window=15,ngram=5)")
+            raise RequestError(
+                f"cannot read {part!r} in {text!r}; write it like lookahead(window=15,ngram=5)"
+            )
         try:
             # true and false as in JSON; a bare word is a string: draft_model(model=smollm2-135m)
-            values[name] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value, value))
+            values[name] = ast.literal_eval(
+                {"true": "True", "false": "False", "none": "None"}.get(value, value)
+            )
         except (ValueError, SyntaxError):
             values[name] = value
     return values

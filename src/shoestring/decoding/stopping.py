@@ -1,11 +1,23 @@
 """When a sequence ends, and its text as it grows: EOS ids, stop strings, incremental detokenising."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from shoestring.errors import RequestError
 
-__all__ = ["IncrementalDetokenizer", "StopChecker"]
+__all__ = ["IncrementalDetokenizer", "StopChecker", "Stopping"]
+
+
+class Stopping(Protocol):
+    """Says, token by token, where a sequence ends, and what text the tokens give."""
+
+    finish_reason: str | None
+
+    def push(self, token: int) -> str:
+        """Add an emitted token; return the text to give out. Sets `finish_reason` where the sequence ends."""
+
+    def end(self, reason: str) -> str:
+        """End the sequence from outside; return the text still held back."""
 
 
 class IncrementalDetokenizer:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from shoestring.engine.runner import Outputs, Runner
@@ -44,9 +45,7 @@ class StepCost:
         seconds = self._monotone
         if rows >= self.rows[-1]:
             return seconds[-1] * rows / self.rows[-1]
-        for (low, high), (cheap, dear) in zip(
-            zip(self.rows, self.rows[1:], strict=False), zip(seconds, seconds[1:], strict=False), strict=True
-        ):
+        for (low, cheap), (high, dear) in pairwise(zip(self.rows, seconds, strict=True)):
             if rows <= high:
                 return cheap + (dear - cheap) * max(rows - low, 0) / (high - low)
         return seconds[0]

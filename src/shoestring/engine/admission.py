@@ -21,16 +21,27 @@ _REFUSED = {
     "bloom": "its ALiBi bias is computed from key indices",
     "mpt": "its ALiBi bias is computed from key indices",
     "gpt_neo": "its local windows are computed from key indices",
-    "mamba": "it has recurrent state", "mamba2": "it has recurrent state",
-    "falcon_mamba": "it has recurrent state", "rwkv": "it has recurrent state",
-    "recurrent_gemma": "it has recurrent state", "jamba": "it has recurrent state",
-    "bamba": "it has recurrent state", "zamba": "it has recurrent state", "zamba2": "it has recurrent state",
-    "falcon_h1": "it has recurrent state", "granitemoehybrid": "it has recurrent state",
-    "nemotron_h": "it has recurrent state", "xlstm": "it has recurrent state",
-    "lfm2": "it has convolutional state", "lfm2_moe": "it has convolutional state",
-    "qwen3_next": "it has recurrent state", "qwen3_5": "it has recurrent state",
-    "qwen3_5_text": "it has recurrent state", "qwen3_5_moe": "it has recurrent state",
-    "minimax": "it has recurrent state", "kimi_linear": "it has recurrent state",
+    "mamba": "it has recurrent state",
+    "mamba2": "it has recurrent state",
+    "falcon_mamba": "it has recurrent state",
+    "rwkv": "it has recurrent state",
+    "recurrent_gemma": "it has recurrent state",
+    "jamba": "it has recurrent state",
+    "bamba": "it has recurrent state",
+    "zamba": "it has recurrent state",
+    "zamba2": "it has recurrent state",
+    "falcon_h1": "it has recurrent state",
+    "granitemoehybrid": "it has recurrent state",
+    "nemotron_h": "it has recurrent state",
+    "xlstm": "it has recurrent state",
+    "lfm2": "it has convolutional state",
+    "lfm2_moe": "it has convolutional state",
+    "qwen3_next": "it has recurrent state",
+    "qwen3_5": "it has recurrent state",
+    "qwen3_5_text": "it has recurrent state",
+    "qwen3_5_moe": "it has recurrent state",
+    "minimax": "it has recurrent state",
+    "kimi_linear": "it has recurrent state",
 }
 # The probe's tree: two branches, one of which forks, behind five cached tokens.
 _PROBE_PARENTS = (-1, 0, 1, 0, 3, 3)
@@ -69,7 +80,9 @@ def check_architecture(model: torch.nn.Module) -> None:
 def max_positions(model: torch.nn.Module) -> int | None:
     """The most positions the model can be right on, draft depth included."""
     config = text_config(model)
-    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "n_positions", None
+    )
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if parameters.get("rope_type") in {"dynamic", "longrope"}:
@@ -93,7 +106,7 @@ def probe(model: torch.nn.Module, attention: str) -> dict[tuple[int, str], Plane
     """
     kind = text_config(model).model_type
     vocabulary = int(text_config(model).vocab_size)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     tokens = [(7 + 13 * i) % max(vocabulary - 1, 1) for i in range(_PROBE_CACHED + len(_PROBE_PARENTS))]
     cached, rows = tokens[:_PROBE_CACHED], tokens[_PROBE_CACHED:]
     tree = TokenTree(rows, _PROBE_PARENTS)
@@ -148,14 +161,16 @@ def _logits(model: torch.nn.Module, input_ids: Tensor, **arguments: Any) -> Tens
 
 
 def _forward_tree(
-    model: torch.nn.Module, cache: Any, trees: dict[int, TokenTree], cached: dict[int, int], device: torch.device
+    model: torch.nn.Module,
+    cache: Any,
+    trees: dict[int, TokenTree],
+    cached: dict[int, int],
+    device: torch.device,
 ) -> Tensor:
     layout = StepLayout.pack(trees, cached, device)
     input_ids = torch.tensor([[token for tree in trees.values() for token in tree.tokens]], device=device)
     with active_step(layout):
-        return _logits(
-            model, input_ids, position_ids=layout.positions, past_key_values=cache, use_cache=True
-        )
+        return _logits(model, input_ids, position_ids=layout.positions, past_key_values=cache, use_cache=True)
 
 
 def _relative_error(tree_logits: Tensor, plain: Sequence[Tensor]) -> float:

@@ -65,9 +65,7 @@ class StepLayout:
                 visible = torch.ones(count, n + count, dtype=torch.bool)
                 visible[:, n:] = tree.ancestor_mask()
                 visible = visible.to(device)
-            segments.append(
-                Segment(slot, row, count, key, n, queries.to(device), keys.to(device), visible)
-            )
+            segments.append(Segment(slot, row, count, key, n, queries.to(device), keys.to(device), visible))
             row += count
             key += n + count
         return cls(segments, row, key)

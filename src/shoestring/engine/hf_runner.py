@@ -77,9 +77,7 @@ class HFRunner:
             self.cache.reserve(slot, len(tree))
         layout = StepLayout.pack(trees, cached, self._device)
         rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
-        kept = [
-            segment.first_row + row for segment in layout.segments for row in rows[segment.slot]
-        ]
+        kept = [segment.first_row + row for segment in layout.segments for row in rows[segment.slot]]
         arguments = self._inputs(trees)
         everything = len(kept) == layout.total_rows
         if self._selects_rows and not everything:

@@ -160,8 +160,10 @@ def _prefiltered(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tens
     else:
         if float(scores[-1]) >= float(scores[options.top_k - 1]):
             return None  # a tie at the edge reaches beyond what is in sight
-        scores = warp(scores, SamplingOptions(temperature=1, top_k=options.top_k, top_p=options.top_p,
-                                              min_p=options.min_p))
+        scores = warp(
+            scores,
+            SamplingOptions(temperature=1, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p),
+        )
     return scores, top.indices
 
 

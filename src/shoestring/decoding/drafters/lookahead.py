@@ -91,9 +91,7 @@ class LookaheadDrafter:
                 [draft.add(token, above) for token, above in zip(window[level], nodes[-1], strict=True)]
             )
         self._nodes = nodes
-        draft.owners = dict.fromkeys(range(guesses), ["pool"])
-        for node in range(guesses, len(draft)):
-            draft.owners[node] = ["window"]
+        draft.owners = {node: ["pool" if node < guesses else "window"] for node in range(len(draft))}
         if not self._keep_window:
             draft.wanted = set(range(guesses)) | {node for node in nodes[-1] if node != ROOT}
         return draft

@@ -87,7 +87,10 @@ class Draft:
 
     def clipped(self, most_depth: int) -> "Draft":
         """This draft without nodes deeper than `most_depth` (the context limit); node numbers change."""
-        clipped, numbers = Draft(top_k=self.top_k, wanted=None if self.wanted is None else set()), {ROOT: ROOT}
+        clipped, numbers = (
+            Draft(top_k=self.top_k, wanted=None if self.wanted is None else set()),
+            {ROOT: ROOT},
+        )
         depths = {ROOT: 0}
         for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
             if parent not in numbers or depths[parent] >= most_depth:

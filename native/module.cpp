@@ -1,0 +1,14 @@
+// Python's door to the native part.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "cpu_features.hpp"
+
+namespace nb = nanobind;
+
+NB_MODULE(_native, module) {
+  module.doc() = "Native kernels of Shoestring.";
+  module.def("cpu_features", &shoestring::cpu_features,
+             "Vector instruction sets that this processor and its operating system let us use.");
+}

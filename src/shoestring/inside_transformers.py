@@ -1,0 +1,160 @@
+"""Lookahead decoding inside transformers: `model.generate(..., custom_generate=shoestring.custom_generate)`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoestring.decoding.decode import Request, decode
+from shoestring.decoding.drafters.protocol import Drafter
+from shoestring.decoding.settings import Decoding, DraftingEnvironment, as_decoding
+from shoestring.engine.sampling import SamplingOptions
+from shoestring.errors import RequestError
+from shoestring.model import LanguageModel
+
+__all__ = ["custom_generate"]
+
+# Processors that `SamplingOptions` covers, and criteria that are read off the generation config.
+_PROCESSORS = {
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+    "RepetitionPenaltyLogitsProcessor",
+}
+_CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
+
+
+def custom_generate(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    logits_processor: Any = (),
+    stopping_criteria: Any = (),
+    generation_config: Any = None,
+    decoding: str | Decoding | Drafter = "lookahead",
+    **kwargs: Any,
+) -> Any:
+    """Decode an already loaded HF model with one of our strategies; same tokens as `generate` without it, greedy.
+
+    Pass it to transformers' own `generate`, with `decoding=` if not lookahead:
+
+        model.generate(**inputs, max_new_tokens=100, custom_generate=shoestring.custom_generate, decoding="auto")
+
+    Sampling draws our noise, seeded from torch's generator (`torch.manual_seed`). `input_ids` are [B, T], left-padded
+    under `attention_mask`; returned are [B, T + new], right-padded.
+
+    Raises:
+        RequestError: beams, constraints, or a logits processor that a decoding step over a tree cannot honour.
+    """
+    if generation_config is None:
+        raise RequestError("call it through generate(custom_generate=shoestring.custom_generate)")
+    _refuse_unknown(logits_processor, generation_config)
+    language_model = LanguageModel(model)
+    try:
+        settings = as_decoding(decoding)
+        if isinstance(settings, Drafter) and input_ids.shape[0] > 1:
+            raise RequestError("one drafter object cannot serve a batch, as it keeps one sequence's state")
+        environment = DraftingEnvironment(language_model.step_cost, language_model.draft_runner)
+        # Not a named parameter: transformers would then pass it twice.
+        prompts = _unpadded(input_ids, kwargs.get("attention_mask"))
+        seed = int(torch.randint(1 << 62, ())) if generation_config.do_sample else 0
+        requests = []
+        for index, prompt in enumerate(prompts):
+            sampling = _sampling(generation_config, seed, index)
+            drafter = settings if isinstance(settings, Drafter) else settings.drafter(environment, sampling)
+            stopping = _Stopping(prompt, input_ids[index], generation_config, stopping_criteria)
+            requests.append(Request(prompt=prompt, sampling=sampling, stopping=stopping, drafter=drafter))
+        outputs: list[list[int]] = [[] for _ in prompts]
+        for emission in decode(language_model.runner, requests):
+            outputs[emission.request].append(emission.token)
+    finally:
+        language_model.close()
+    return _as_output(input_ids, outputs, generation_config)
+
+
+class _Stopping:
+    """transformers' stopping criteria, asked token by token."""
+
+    def __init__(self, prompt: list[int], row: Tensor, config: Any, criteria: Any) -> None:
+        eos = config.eos_token_id
+        self._eos = frozenset(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
+        # max_length counts the padded prompt.
+        self._most = config.max_length - row.shape[0]
+        self._criteria = [criterion for criterion in criteria if type(criterion).__name__ not in _CRITERIA]
+        self._tokens = row.tolist() if self._criteria else []
+        self._device = row.device
+        self.count = 0
+        self.finish_reason: str | None = None
+
+    def push(self, token: int) -> str:
+        """Add an emitted token; sets `finish_reason` where the sequence ends."""
+        self.count += 1
+        if token in self._eos:
+            self.finish_reason = "stop"
+        elif self.count >= self._most:
+            self.finish_reason = "length"
+        elif self._criteria:
+            self._tokens.append(token)
+            ids = torch.tensor([self._tokens], device=self._device)
+            if any(bool(criterion(ids, None)[0]) for criterion in self._criteria):
+                self.finish_reason = "stop"
+        return ""
+
+    def end(self, reason: str) -> str:
+        """End the sequence from outside."""
+        self.finish_reason = reason
+        return ""
+
+
+def _refuse_unknown(logits_processor: Any, config: Any) -> None:
+    for processor in logits_processor or ():
+        name = type(processor).__name__
+        if name not in _PROCESSORS:
+            raise RequestError(f"{name} is not supported in custom_generate; leave its option out")
+    for option, plain in (("num_beams", 1), ("penalty_alpha", None), ("constraints", None)):
+        if getattr(config, option, plain) not in (plain, None, 0):
+            raise RequestError(f"{option}={getattr(config, option)} is not supported in custom_generate")
+    for option in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, option, False):
+            raise RequestError(
+                f"{option} is not supported in custom_generate; LanguageModel.score gives scores"
+            )
+
+
+def _sampling(config: Any, seed: int, sample: int) -> SamplingOptions:
+    penalty = config.repetition_penalty or 1.0
+    if not config.do_sample:
+        return SamplingOptions(repetition_penalty=penalty)
+    return SamplingOptions(
+        temperature=1.0 if config.temperature is None else config.temperature,
+        top_k=config.top_k or 0,
+        top_p=1.0 if config.top_p is None else config.top_p,
+        min_p=config.min_p or 0.0,
+        repetition_penalty=penalty,
+        seed=seed,
+        sample=sample,
+    )
+
+
+def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    if attention_mask is None or attention_mask.dim() != 2:
+        rows: list[list[int]] = input_ids.tolist()
+        return rows
+    return [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+
+
+def _as_output(input_ids: Tensor, outputs: list[list[int]], config: Any) -> Any:
+    longest = max(map(len, outputs))
+    pad = config.pad_token_id
+    if pad is None:
+        eos = config.eos_token_id
+        pad = eos[0] if isinstance(eos, list | tuple) else eos or 0
+    padded = [output + [pad] * (longest - len(output)) for output in outputs]
+    new = torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)
+    sequences: Any = torch.cat([input_ids, new], dim=1)
+    if not config.return_dict_in_generate:
+        return sequences
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+    return GenerateDecoderOnlyOutput(sequences=sequences)
