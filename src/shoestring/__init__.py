@@ -6,8 +6,9 @@ if TYPE_CHECKING:
     from shoestring.decoding.drafters import Context, Draft, Drafter, StepObservation
     from shoestring.decoding.settings import Auto, Autoregressive, DraftModel, Lookahead, Ngram
     from shoestring.errors import ShoestringError
+    from shoestring.generation import Generation, Piece, Score
     from shoestring.inside_transformers import custom_generate
-    from shoestring.model import Generation, LanguageModel, Piece, Score, load
+    from shoestring.model import LanguageModel, load
 
 __all__ = [
     "Auto",
@@ -34,7 +35,8 @@ _HOMES = {
     "shoestring.decoding.settings": ("Auto", "Autoregressive", "DraftModel", "Lookahead", "Ngram"),
     "shoestring.errors": ("ShoestringError",),
     "shoestring.inside_transformers": ("custom_generate",),
-    "shoestring.model": ("Generation", "LanguageModel", "Piece", "Score", "load"),
+    "shoestring.generation": ("Generation", "Piece", "Score"),
+    "shoestring.model": ("LanguageModel", "load"),
 }
 
 

@@ -1,102 +1,28 @@
 """`load` a model; `generate`, `stream` and `score` with it, whatever strategy decodes and whatever body runs it."""
 
 import hashlib
+import inspect
 import json
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 
 from shoestring import hub
-from shoestring.decoding.decode import Emission, Request, decode
 from shoestring.decoding.drafters.protocol import Drafter
-from shoestring.decoding.settings import (
-    Auto,
-    Decoding,
-    DraftingEnvironment,
-    as_decoding,
-    describe,
-)
-from shoestring.decoding.stopping import StopChecker
+from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.tune import StepCost, remembered_step_cost
 from shoestring.engine.hf_runner import HFRunner
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
-from shoestring.errors import RequestError
+from shoestring.errors import RequestError, suggest
+from shoestring.generation import Generation, Message, Piece, Prompt, Score, Session, as_batch
 
-__all__ = ["Generation", "LanguageModel", "Piece", "Prompt", "Score", "load"]
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int]
-"""Text completed as it stands, messages for the chat template, or token ids."""
+__all__ = ["LanguageModel", "load"]
 
 _SCORE_SLOT = -2
 _SCORE_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished text and what it took. `steps` counts forward passes that emitted tokens, the prompt's last included."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    steps: int
-    seconds: float
-    finish_reason: str
-    decoding: str
-    logprobs: list[float] | None = None
-    note: str | None = None
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Emitted tokens per forward pass; 1 in plain decoding."""
-        return len(self.token_ids) / self.steps
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Emitted tokens per second, prompt included in the time."""
-        return len(self.token_ids) / self.seconds
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One token of a stream. `text` may be empty where a character or a stop string is not decided yet.
-
-    `drafted` tokens were accepted beyond the first of their step. `index` is the prompt's, in a batch. The last
-    piece of a prompt has a `finish_reason`: "stop" or "length".
-    """
-
-    text: str
-    token_id: int
-    index: int
-    step: int
-    drafted: bool
-    logprob: float | None = None
-    finish_reason: str | None = None
-    trace: Mapping[str, tuple[int, int]] | None = None
-
-
-@dataclass(frozen=True)
-class Score:
-    """How likely the model finds a text: log-probability of each token after the first, in nats."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-
-    @property
-    def mean_logprob(self) -> float:
-        """Nats per predicted token."""
-        return sum(self.logprobs) / len(self.logprobs)
-
-    @property
-    def perplexity(self) -> float:
-        """exp(-mean_logprob)."""
-        return math.exp(-self.mean_logprob)
 
 
 def load(
@@ -182,17 +108,8 @@ class LanguageModel:
         Example:
             >>> model.generate("The capital of France is", max_new_tokens=8).text
         """
-        prompts, single = _as_batch(prompt)
-        session = self._session(prompts, **options)
-        began = time.perf_counter()
-        ended = [0.0] * len(prompts)
-        emissions: list[list[Emission]] = [[] for _ in prompts]
-        for emission in session.emissions():
-            emissions[emission.request].append(emission)
-            ended[emission.request] = time.perf_counter() - began
-        generations = [
-            session.generation(index, emissions[index], ended[index]) for index in range(len(prompts))
-        ]
+        prompts, single = as_batch(prompt)
+        generations = self._session(prompts, options).generations()
         return generations[0] if single else generations
 
     def stream(
@@ -225,21 +142,20 @@ class LanguageModel:
         Raises:
             RequestError: an empty prompt, one over the context, or a value out of range.
         """
-        prompts, _ = _as_batch(prompt)
-        session = self._session(
-            prompts,
-            decoding=decoding,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop=stop,
-            seed=seed,
-            logprobs=logprobs,
-        )
-        return _pieces(session)
+        prompts, _ = as_batch(prompt)
+        options = {
+            "decoding": decoding,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "stop": stop,
+            "seed": seed,
+            "logprobs": logprobs,
+        }
+        return self._session(prompts, options).pieces()
 
     def score(self, text: str | Sequence[int]) -> Score:
         """Log-probability of each of a text's tokens after the first.
@@ -317,17 +233,20 @@ class LanguageModel:
         except Exception as error:  # templates raise jinja errors of their own wording
             raise RequestError(f"the chat template refuses these messages: {error}") from error
 
-    def _session(self, prompts: Sequence[Prompt], **options: Any) -> "_Session":
-        known = {
-            "decoding", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
-            "repetition_penalty", "stop", "seed", "logprobs",
-        }  # fmt: skip
+    def _session(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> Session:
+        known = list(inspect.signature(self.stream).parameters)[1:]
         for option in options:
             if option not in known:
-                from shoestring.errors import suggest
-
                 raise RequestError(f"unknown option {option!r}{suggest(option, known)}")
-        return _Session(self, prompts, **options)
+        return Session(
+            self.runner,
+            self.tokenizer,
+            [self.encode(prompt) for prompt in prompts],
+            DraftingEnvironment(self.step_cost, self.draft_runner),
+            eos_ids=self.eos_ids,
+            slots=self._slots,
+            **options,
+        )
 
     def draft_runner(self, name: str) -> Runner:
         """The runner of a smaller model that drafts for this one.
@@ -354,99 +273,3 @@ class LanguageModel:
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
         facts = [config, str(self.dtype), str(device), hardware, torch.__version__, __version__]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-class _Session:
-    """One call of `generate` or `stream`: its requests, and what they become."""
-
-    def __init__(
-        self,
-        owner: LanguageModel,
-        prompts: Sequence[Prompt],
-        *,
-        decoding: str | Decoding | Drafter = "auto",
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        stop: str | Sequence[str] = (),
-        seed: int = 0,
-        logprobs: bool = False,
-    ) -> None:
-        self._owner, self._logprobs = owner, logprobs
-        settings = as_decoding(decoding)
-        self.decoding = describe(settings)
-        self.note: str | None = None
-        if isinstance(settings, Drafter) and len(prompts) > 1:
-            raise RequestError(
-                "one drafter object cannot serve a batch, as it keeps one sequence's state; generate one prompt "
-                "at a time"
-            )
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        environment = DraftingEnvironment(owner.step_cost, owner.draft_runner)
-        encoded = [owner.encode(prompt) for prompt in prompts]
-        self.requests = []
-        for index, tokens in enumerate(encoded):
-            sampling = SamplingOptions(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                seed=seed,
-                sample=encoded[:index].count(tokens),  # the same prompt again is another sample of it
-            )
-            stopping = StopChecker(owner.tokenizer, owner.eos_ids, max_new_tokens, stops)
-            drafter = settings if isinstance(settings, Drafter) else settings.drafter(environment, sampling)
-            if isinstance(settings, Auto) and drafter is None:
-                self.note = "auto decodes plainly here: further rows cost too much on this machine to pay off"
-            self.requests.append(
-                Request(
-                    prompt=tokens, sampling=sampling, stopping=stopping, drafter=drafter, logprobs=logprobs
-                )
-            )
-
-    def emissions(self) -> Iterator[Emission]:
-        return decode(self._owner.runner, self.requests, self._owner._slots)
-
-    def generation(self, index: int, emissions: list[Emission], seconds: float) -> Generation:
-        last = emissions[-1]
-        return Generation(
-            text="".join(emission.text for emission in emissions),
-            token_ids=[emission.token for emission in emissions],
-            prompt_tokens=len(self.requests[index].prompt),
-            steps=last.step + 1,
-            seconds=seconds,
-            finish_reason=last.finish_reason or "length",
-            decoding=self.decoding,
-            logprobs=[e.logprob for e in emissions if e.logprob is not None] if self._logprobs else None,
-            note=self.note,
-        )
-
-
-def _pieces(session: _Session) -> Iterator[Piece]:
-    for emission in session.emissions():
-        yield Piece(
-            text=emission.text,
-            token_id=emission.token,
-            index=emission.request,
-            step=emission.step,
-            drafted=emission.drafted,
-            logprob=emission.logprob,
-            finish_reason=emission.finish_reason,
-            trace=emission.draft,
-        )
-
-
-def _as_batch(prompt: Any) -> tuple[list[Prompt], bool]:
-    """The prompts as a list, and whether there was just one."""
-    if isinstance(prompt, str):
-        return [prompt], True
-    if not isinstance(prompt, Sequence) or not prompt:
-        raise RequestError("the prompt is empty; give a text, messages, token ids, or a list of these")
-    first = prompt[0]
-    if isinstance(first, Mapping | int):
-        return [prompt], True
-    return list(prompt), False

@@ -1,7 +1,6 @@
 """Tiny random models (fp32, a few layers of width 64) of every architecture the engine runs, and of those it refuses."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +100,7 @@ ADMITTED: Mapping[str, Architecture] = {
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 30.0,
         },
+        scale=0.3,
     ),
     "gemma3": Architecture(
         "Gemma3TextConfig",
@@ -144,7 +144,7 @@ ADMITTED: Mapping[str, Architecture] = {
             "sliding_window": SLIDING_WINDOW,
         },
     ),
-    "phi": Architecture("PhiConfig", "PhiForCausalLM", {"partial_rotary_factor": 0.5}),
+    "phi": Architecture("PhiConfig", "PhiForCausalLM", {"partial_rotary_factor": 0.5}, scale=0.4),
     "phi3": Architecture("Phi3Config", "Phi3ForCausalLM", {"sliding_window": SLIDING_WINDOW}),
     "phimoe": Architecture(
         "PhimoeConfig",
@@ -196,7 +196,7 @@ ADMITTED: Mapping[str, Architecture] = {
         },
         common=False,
     ),
-    "gpt-neox": Architecture("GPTNeoXConfig", "GPTNeoXForCausalLM"),
+    "gpt-neox": Architecture("GPTNeoXConfig", "GPTNeoXForCausalLM", scale=0.4),
     "opt": Architecture(
         "OPTConfig",
         "OPTForCausalLM",
@@ -277,7 +277,7 @@ ADMITTED: Mapping[str, Architecture] = {
         "Exaone4ForCausalLM",
         {"sliding_window": SLIDING_WINDOW, "layer_types": _layers("sliding", "full")},
     ),
-    "glm4": Architecture("Glm4Config", "Glm4ForCausalLM", {"head_dim": 16}),
+    "glm4": Architecture("Glm4Config", "Glm4ForCausalLM", {"head_dim": 16}, scale=0.3),
     "qwen2-moe": Architecture(
         "Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**_MIXTURE, "shared_expert_intermediate_size": 32}
     ),
@@ -400,12 +400,3 @@ REFUSED: Mapping[str, Architecture] = {
     ),
 }
 """Architectures that would be silently wrong, by their `model_type`."""
-
-
-@functools.cache
-def shared_model(name: str) -> Any:
-    """One model per architecture for the whole session: never switch its attention."""
-    return ADMITTED[name].build()
-
-
-Builder = Callable[..., Any]

@@ -96,7 +96,7 @@ def next_token(
             raise RequestError(_not_finite(allowed))
         return int(index)
     if options.filtered and logits.shape[-1] > _PREFILTER:
-        candidates = _prefiltered(logits, options)
+        candidates = _prefiltered(logits, options, allowed)
         if candidates is not None:
             scores, tokens = candidates
             return int(tokens[(scores + noise(options, position, tokens)).argmax()])
@@ -138,14 +138,19 @@ def noise(options: SamplingOptions, position: int, tokens: Int[Tensor, "..."]) -
     return -torch.log(-torch.log1p(-uniform))
 
 
-def _prefiltered(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor] | None:
+def _prefiltered(
+    logits: Tensor, options: SamplingOptions, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
     """The surviving tokens' scores and ids from the likeliest 256, or None where more may survive."""
     if options.top_k > _PREFILTER:
         return None
-    top = logits.topk(_PREFILTER)
-    scores = top.values.float() / options.temperature
+    tokens = logits.topk(_PREFILTER).indices.sort().values
+    # Equal logits in token order, as `warp` sorts them (`topk` leaves ties in any order; bf16 has many).
+    values, order = logits[tokens].sort(descending=True, stable=True)
+    tokens = tokens[order]
+    scores = values.float() / options.temperature
     if not math.isfinite(float(scores[0])):
-        raise RequestError(_not_finite(None))
+        raise RequestError(_not_finite(allowed))
     if options.top_k == 0:
         total = torch.logsumexp(logits.float() / options.temperature, dim=-1)
         inside_min_p = options.min_p > 0 and float(scores[-1]) < float(scores[0]) + math.log(options.min_p)
@@ -154,7 +159,10 @@ def _prefiltered(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tens
             return None
         if options.top_p < 1:
             probabilities = (scores - total).exp()
-            scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities >= options.top_p, -math.inf)
+            cut = probabilities.cumsum(-1) - probabilities >= options.top_p
+            if inside_top_p and not inside_min_p and float(scores[~cut][-1]) == float(scores[-1]):
+                return None  # a tie at the edge reaches beyond what is in sight
+            scores = scores.masked_fill(cut, -math.inf)
         if options.min_p > 0:
             scores = scores.masked_fill(scores < scores[0] + math.log(options.min_p), -math.inf)
     else:
@@ -164,7 +172,7 @@ def _prefiltered(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tens
             scores,
             SamplingOptions(temperature=1, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p),
         )
-    return scores, top.indices
+    return scores, tokens
 
 
 def _constrain(

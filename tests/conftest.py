@@ -1,0 +1,19 @@
+"""Shared by all tests: where the data is, and quiet tokenizers."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_BESIDE = Path(__file__).parent.parent.parent / "shared" / "data"
+if "SHOESTRING_DATA" not in os.environ and _BESIDE.is_dir():
+    os.environ["SHOESTRING_DATA"] = str(_BESIDE)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The default model in fp32 (converted once, then from the cache)."""
+    import shoestring
+
+    return shoestring.load("smollm2-135m", device="cpu", dtype="float32")
