@@ -8,12 +8,12 @@ rate and places of parting are reported. Resumable: rows already in --rows are k
 """
 
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ResumableRows, chat, parser
+from shoestring.evaluation.parting import find_parting
 from shoestring.evaluation.prompts import load_prompts
 from shoestring.evaluation.results import write_result
 
@@ -23,7 +23,6 @@ STRATEGIES = [
     "ngram",
     "auto",
 ]
-ONE_ROW_SLOT = -3
 
 
 def main() -> None:
@@ -105,52 +104,12 @@ def transformers_greedy(model: Any, ids: list[int], tokens: int) -> list[int]:
 
 
 def parting(model: Any, ids: list[int], plain: list[int], other: list[int], greedy: bool) -> dict[str, Any]:
-    """Where two outputs part, the gap between the two tokens there, and how far any later token is from the maximum."""
-    if plain == other:
+    found = find_parting(model.runner, ids, plain, other, model.dtype)
+    if found is None:
         return {"equal": True}
-    at = next((i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b), None)
-    if at is None:
-        return {"equal": False, "parts_at": min(len(plain), len(other)), "gap": None}
-    result: dict[str, Any] = {"equal": False, "parts_at": at}
-    worst = 0.0
-    for offset, logits in one_row_logits(model, ids, other, at):
-        if offset == at:
-            result["gap"] = abs(float(logits[plain[at]] - logits[other[at]]))
-        if greedy:
-            top = float(logits.max())
-            worst = max(worst, (top - float(logits[other[offset]])) / ulp(top, model.dtype))
-    if greedy:
-        result["worst_ulp"] = worst
-    return result
-
-
-def one_row_logits(model: Any, ids: list[int], output: list[int], start: int) -> Any:
-    """Logits of the plain one-row step before each output token from `start` on, teacher-forced."""
-    from shoestring.engine.runner import Outputs
-    from shoestring.engine.sampling import SamplingOptions
-    from shoestring.engine.tokentree import TokenTree
-
-    runner = model.runner
-    runner.open(ONE_ROW_SLOT, SamplingOptions())
-    try:
-        # The prompt in one chunk and then one row at a time, just as plain decoding does it.
-        chunks = [ids, *([token] for token in output[:-1])]
-        for position, chunk in enumerate(chunks):
-            tree = TokenTree.chain(chunk)
-            last = len(chunk) - 1
-            results = runner.step({ONE_ROW_SLOT: tree}, Outputs({ONE_ROW_SLOT: [last]}, logits=True))
-            if position >= start:
-                yield position, results[ONE_ROW_SLOT].logits(last).float()
-            runner.commit({ONE_ROW_SLOT: range(len(chunk))})
-    finally:
-        runner.release(ONE_ROW_SLOT)
-
-
-def ulp(value: float, dtype: Any) -> float:
-    """The distance between neighbouring numbers of this size in the type that the logits were computed in."""
-    import torch
-
-    return float(torch.finfo(dtype).eps) * 2.0 ** math.floor(math.log2(max(abs(value), 1e-30)))
+    row = {"equal": False, "parts_at": found.at, "gap": found.gap}
+    # A sampled token need not lie near the maximum.
+    return {**row, "worst_ulp": found.worst_ulp} if greedy else row
 
 
 def summarise(rows: ResumableRows, options: Any) -> dict[str, Any]:

@@ -75,9 +75,7 @@ def main() -> None:
 
 
 def run(model: Any, contender: str, messages: list[dict[str, str]], tokens: int) -> dict[str, float]:
-    clear = getattr(model.runner, "cache", None)
-    if clear is not None:
-        clear.clear()  # no prefix is reused between contenders
+    model.forget()  # no prefix is reused between contenders
     if not contender.startswith("transformers"):
         generation = model.generate(messages, decoding=contender, max_new_tokens=tokens)
         return {

@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from shoestring.decoding.decode import Emission, Request, decode
+from shoestring.decoding.decode import Emission, Request, check_prompt, decode
 from shoestring.decoding.drafters.protocol import Drafter
 from shoestring.decoding.settings import Auto, Decoding, DraftingEnvironment, as_decoding, describe
 from shoestring.decoding.stopping import StopChecker
@@ -23,7 +25,10 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished text and what it took. `steps` counts forward passes that emitted tokens, the prompt's last included."""
+    """A finished text and what it took. `steps` counts forward passes that emitted tokens, the prompt's last included.
+
+    `finish_reason` is "stop" (an end token or a stop string) or "length". `note` says what the strategy decided.
+    """
 
     text: str
     token_ids: list[int]
@@ -45,13 +50,38 @@ class Generation:
         """Emitted tokens per second, prompt included in the time."""
         return len(self.token_ids) / self.seconds
 
+    @property
+    def summary(self) -> str:
+        """What it took, in one line."""
+        return (
+            f"{len(self.token_ids)} tokens in {self.steps} steps ({self.tokens_per_step:.2f} tokens/step), "
+            f"{self.tokens_per_second:.1f} tokens/s, {self.decoding}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as plain data, for JSON; `logprobs` and `note` only where there are any."""
+        fields = {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "prompt_tokens": self.prompt_tokens,
+            "steps": self.steps,
+            "tokens_per_step": round(self.tokens_per_step, 4),
+            "seconds": round(self.seconds, 4),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+            "decoding": self.decoding,
+            "finish_reason": self.finish_reason,
+        }
+        optional = {"logprobs": self.logprobs, "note": self.note}
+        return fields | {name: value for name, value in optional.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Piece:
     """One token of a stream. `text` may be empty where a character or a stop string is not decided yet.
 
-    `drafted` tokens were accepted beyond the first of their step. `index` is the prompt's, in a batch. The last
-    piece of a prompt has a `finish_reason`: "stop" or "length".
+    `drafted` tokens were accepted beyond the first of their step. `index` is the prompt's, in a batch. `trace`, on a
+    step's first token, counts the step's drafted and accepted rows by source. The last piece of a prompt has the
+    finished `generation`.
     """
 
     text: str
@@ -60,8 +90,8 @@ class Piece:
     step: int
     drafted: bool
     logprob: float | None = None
-    finish_reason: str | None = None
     trace: Mapping[str, tuple[int, int]] | None = None
+    generation: Generation | None = None
 
 
 @dataclass(frozen=True)
@@ -109,58 +139,68 @@ class Session:
                 "one drafter object cannot serve a batch, as it keeps one sequence's state; "
                 "generate one prompt at a time"
             )
+        for prompt in prompts:
+            check_prompt(runner, prompt)
         stops = [stop] if isinstance(stop, str) else list(stop)
-        self.requests = []
-        for index, prompt in enumerate(prompts):
-            tokens = list(prompt)
-            # The same prompt again is another sample of it.
-            sampling = SamplingOptions(**sampling_options, sample=list(prompts[:index]).count(prompt))
-            stopping = StopChecker(tokenizer, eos_ids, max_new_tokens, stops)
-            drafter = settings if isinstance(settings, Drafter) else settings.drafter(environment, sampling)
-            if isinstance(settings, Auto) and drafter is None:
-                self.note = "auto decodes plainly here: further rows cost too much on this machine to pay off"
-            self.requests.append(
-                Request(
-                    prompt=tokens, sampling=sampling, stopping=stopping, drafter=drafter, logprobs=logprobs
-                )
-            )
-
-    def emissions(self) -> Iterator[Emission]:
-        """Decode; tokens in the order in which steps emit them."""
-        return decode(self._runner, self.requests, self._slots)
+        self._stop_checker = partial(StopChecker, tokenizer, eos_ids, max_new_tokens, stops)
+        self._stop_checker()  # what is wrong with the options is said before work begins
+        self._sampling = SamplingOptions(**sampling_options)
+        self._settings, self._environment = settings, environment
+        self._prompts = [list(prompt) for prompt in prompts]
+        self._began: list[float] = []
 
     def pieces(self) -> Iterator[Piece]:
-        """Decode; the public face of `emissions`."""
-        for emission in self.emissions():
+        """Decode; tokens in the order in which steps emit them."""
+        emitted: dict[int, list[Emission]] = {}
+        for emission in decode(self._runner, self._requests(), self._slots):
+            index = emission.request
+            emitted.setdefault(index, []).append(emission)
             yield Piece(
                 text=emission.text,
                 token_id=emission.token,
-                index=emission.request,
+                index=index,
                 step=emission.step,
                 drafted=emission.drafted,
                 logprob=emission.logprob,
-                finish_reason=emission.finish_reason,
                 trace=emission.draft,
+                generation=self._generation(index, emitted.pop(index)) if emission.finish_reason else None,
             )
 
-    def generations(self) -> list[Generation]:
-        """Decode all to the end."""
-        began = time.perf_counter()
-        ended = [0.0] * len(self.requests)
-        emissions: list[list[Emission]] = [[] for _ in self.requests]
-        for emission in self.emissions():
-            emissions[emission.request].append(emission)
-            ended[emission.request] = time.perf_counter() - began
-        return [self._generation(index, emissions[index], ended[index]) for index in range(len(ended))]
+    def generations(self) -> Iterator[tuple[int, Generation]]:
+        """Decode; each finished text with its prompt's index, in the order in which they end."""
+        for piece in self.pieces():
+            if piece.generation is not None:
+                yield piece.index, piece.generation
 
-    def _generation(self, index: int, emissions: list[Emission], seconds: float) -> Generation:
+    def _requests(self) -> Iterator[Request]:
+        """Requests, each made when a slot is free for it."""
+        settings, samples = self._settings, Counter[tuple[int, ...]]()
+        for prompt in self._prompts:
+            # The same prompt again is another sample of it.
+            sampling = replace(self._sampling, sample=self._sampling.sample + samples[tuple(prompt)])
+            samples[tuple(prompt)] += 1
+            drafter = (
+                settings if isinstance(settings, Drafter) else settings.drafter(self._environment, sampling)
+            )
+            if isinstance(settings, Auto) and drafter is None:
+                self.note = "auto decodes plainly here: further rows cost too much on this machine to pay off"
+            self._began.append(time.perf_counter())
+            yield Request(
+                prompt=prompt,
+                sampling=sampling,
+                stopping=self._stop_checker(),
+                drafter=drafter,
+                logprobs=self._logprobs,
+            )
+
+    def _generation(self, index: int, emissions: list[Emission]) -> Generation:
         last = emissions[-1]
         return Generation(
             text="".join(emission.text for emission in emissions),
             token_ids=[emission.token for emission in emissions],
-            prompt_tokens=len(self.requests[index].prompt),
+            prompt_tokens=len(self._prompts[index]),
             steps=last.step + 1,
-            seconds=seconds,
+            seconds=time.perf_counter() - self._began[index],
             finish_reason=last.finish_reason or "length",
             decoding=self.decoding,
             logprobs=[e.logprob for e in emissions if e.logprob is not None] if self._logprobs else None,

@@ -1,5 +1,6 @@
 """`load` a model; `generate`, `stream` and `score` with it, whatever strategy decodes and whatever body runs it."""
 
+import functools
 import hashlib
 import inspect
 import json
@@ -9,6 +10,7 @@ from typing import Any, overload
 import torch
 
 from shoestring import hub
+from shoestring.decoding.decode import check_prompt
 from shoestring.decoding.drafters.protocol import Drafter
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.tune import StepCost, remembered_step_cost
@@ -42,7 +44,7 @@ def load(
         adapter: a PEFT adapter's folder or hub id, merged into the weights.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto" is bfloat16 where the hardware computes in it, else float32.
-        progress: called with (stage, done, total) while files are fetched or converted.
+        progress: called with (stage, done, total) while files are fetched or converted, or steps are timed.
 
     Raises:
         RequestError: an unknown name, device or dtype.
@@ -53,7 +55,7 @@ def load(
     pretrained = hub.load_pretrained(
         model, revision=revision, adapter=adapter, dtype=dtype, device=device, progress=progress
     )
-    return LanguageModel(pretrained.model, pretrained.tokenizer, name=pretrained.name)
+    return LanguageModel(pretrained.model, pretrained.tokenizer, name=pretrained.name, progress=progress)
 
 
 class LanguageModel:
@@ -64,15 +66,22 @@ class LanguageModel:
         tokenizer: transformers' tokenizer, or None to work with token ids only.
         name: for messages.
         slots: the most sequences in one step.
+        progress: called as ("measure", done, total) while the cost of steps is timed.
     """
 
     def __init__(
-        self, model: torch.nn.Module, tokenizer: Any = None, *, name: str = "model", slots: int = 8
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str = "model",
+        slots: int = 8,
+        progress: Callable[[str, int, int | None], None] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.runner: Runner = HFRunner(model)
         self._hf_runner = self.runner
-        self._slots = slots
+        self._slots, self._progress = slots, progress
         self._step_cost: StepCost | None = None
         self._draft_runners: dict[str, Runner] = {}
 
@@ -94,6 +103,28 @@ class LanguageModel:
         found.append(getattr(self.tokenizer, "eos_token_id", None))
         return sorted({int(token) for token in found if token is not None})
 
+    @property
+    def description(self) -> str:
+        """The model, its parameters, its type, where it runs and which body runs it."""
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}: {count / 1e6:,.0f}M parameters, {dtype}, {self._hf_runner.device}"
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be given."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def generation_defaults(self) -> dict[str, Any]:
+        """Sampling settings that the model's makers recommend in its generation config; greedy if it samples not."""
+        config = getattr(self.model, "generation_config", None)
+        if config is None or not config.do_sample:
+            return {}
+        names = ("temperature", "top_k", "top_p", "repetition_penalty")
+        found = {name: getattr(config, name, None) for name in names}
+        return {"temperature": 1.0} | {name: value for name, value in found.items() if value is not None}
+
     @overload
     def generate(self, prompt: str | Sequence[Message] | Sequence[int], **options: Any) -> Generation: ...
 
@@ -109,8 +140,12 @@ class LanguageModel:
             >>> model.generate("The capital of France is", max_new_tokens=8).text
         """
         prompts, single = as_batch(prompt)
-        generations = self._session(prompts, options).generations()
-        return generations[0] if single else generations
+        finished = dict(self._session(prompts, options).generations())
+        return finished[0] if single else [finished[index] for index in range(len(prompts))]
+
+    def generate_each(self, prompts: Sequence[Prompt], **options: Any) -> Iterator[tuple[int, Generation]]:
+        """Generate for many prompts; yield (index, Generation) as each ends. Options as for `stream`."""
+        return self._session(list(prompts), options).generations()
 
     def stream(
         self,
@@ -205,12 +240,26 @@ class LanguageModel:
             raise RequestError("the prompt is empty; give it at least one token")
         return tokens
 
-    def step_cost(self, progress: Callable[[int, int], None] | None = None) -> StepCost:
+    def check(self, tokens: list[int]) -> list[int]:
+        """Return the token ids of a prompt if the model can decode from them.
+
+        Raises:
+            RequestError: they leave no room in the context, or are not in the vocabulary.
+        """
+        check_prompt(self.runner, tokens)
+        return tokens
+
+    def step_cost(self) -> StepCost:
         """Seconds of a step by its rows: measured once per model and machine, then remembered in the cache."""
         if self._step_cost is None:
             path = hub.cache_root() / "step-cost" / f"{self._fingerprint()}.json"
-            self._step_cost = remembered_step_cost(self.runner, path, progress)
+            report = functools.partial(self._progress, "measure") if self._progress else None
+            self._step_cost = remembered_step_cost(self.runner, path, report)
         return self._step_cost
+
+    def forget(self) -> None:
+        """Drop what is kept of ended texts; the next prompt that begins like one of them runs in full."""
+        self.runner.clear()
 
     def close(self) -> None:
         """Drop the cache and give the HF module its own attention back."""
@@ -222,7 +271,7 @@ class LanguageModel:
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise RequestError(f"a message needs a role and content, and this is {message!r}")
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not self.has_chat_template:
             raise RequestError(f"{self.name} has no chat template; give the prompt as text")
         try:
             return list(

@@ -1,8 +1,8 @@
 """The decoding loop: draft, merge into one packed step, verify, commit, yield."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from shoestring.decoding.drafters.protocol import Context, Draft, Drafter, StepObservation
 from shoestring.decoding.stopping import Stopping
@@ -12,7 +12,7 @@ from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
 
-__all__ = ["Emission", "Request", "decode"]
+__all__ = ["Emission", "Request", "check_prompt", "decode"]
 
 PREFILL_CHUNK = 512
 """Most prompt rows of a step, over all slots, so that a long prompt does not stall the others."""
@@ -66,18 +66,19 @@ class _Sequence:
 def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Iterator[Emission]:
     """Decode requests, at most `slots` at a time, and yield their tokens as steps produce them.
 
-    Closing the generator releases all slots.
+    A request is taken from the iterable when a slot is free for it. Closing the generator releases all slots.
 
     Raises:
         RequestError: an empty prompt, or one that leaves no room in the model's context.
     """
-    waiting = deque(enumerate(requests))
+    waiting = enumerate(requests)
     active: list[_Sequence] = []
     try:
-        while waiting or active:
-            while waiting and len(active) < slots:
-                index, request = waiting.popleft()
+        while True:
+            for index, request in islice(waiting, slots - len(active)):
                 active.append(_open(runner, index, request, _free_slot(active)))
+            if not active:
+                return
             for sequence, emissions in _step(runner, active):
                 if emissions and emissions[-1].finish_reason:
                     active.remove(sequence)
@@ -93,8 +94,8 @@ def _free_slot(active: list[_Sequence]) -> int:
     return next(slot for slot in range(len(taken) + 1) if slot not in taken)
 
 
-def _open(runner: Runner, index: int, request: Request, slot: int) -> _Sequence:
-    prompt = list(request.prompt)
+def check_prompt(runner: Runner, prompt: Sequence[int]) -> None:
+    """Raise RequestError for a prompt that the runner cannot decode from."""
     if not prompt:
         raise RequestError("the prompt is empty; give it at least one token")
     limit = runner.max_positions
@@ -103,6 +104,11 @@ def _open(runner: Runner, index: int, request: Request, slot: int) -> _Sequence:
     bad = next((token for token in prompt if not 0 <= token < runner.vocab_size), None)
     if bad is not None:
         raise RequestError(f"token id {bad} is not in the model's vocabulary of {runner.vocab_size}")
+
+
+def _open(runner: Runner, index: int, request: Request, slot: int) -> _Sequence:
+    prompt = list(request.prompt)
+    check_prompt(runner, prompt)
     reused = runner.open(slot, request.sampling, prompt)
     sequence = _Sequence(index, request, slot, Context(prompt, len(prompt)), prompt[reused:])
     if request.drafter is not None:

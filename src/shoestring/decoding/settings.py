@@ -27,6 +27,7 @@ __all__ = [
     "Ngram",
     "as_decoding",
     "describe",
+    "needs_step_cost",
 ]
 
 
@@ -209,6 +210,13 @@ def as_decoding(decoding: "str | Decoding | Drafter") -> "Decoding | Drafter":
         raise RequestError(f"{name} needs {missing[0]}: {name}({missing[0]}=...)")
     settings: Decoding = kind(**arguments)
     return settings
+
+
+def needs_step_cost(decoding: "Decoding | Drafter") -> bool:
+    """Whether the strategy sizes itself by the measured cost of a step."""
+    if isinstance(decoding, Lookahead):
+        return None in (decoding.window, decoding.ngram, decoding.guesses)
+    return isinstance(decoding, Auto)
 
 
 def describe(decoding: "Decoding | Drafter") -> str:

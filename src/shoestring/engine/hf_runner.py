@@ -130,6 +130,10 @@ class HFRunner:
         self._sampling.pop(slot)
         self._trees.pop(slot, None)
 
+    def clear(self) -> None:
+        """Drop what is kept of released slots."""
+        self.cache.clear()
+
     def close(self) -> None:
         """Switch the model back to the attention it came with and drop the cache."""
         admission._switch_attention(self.model, self._original_attention)

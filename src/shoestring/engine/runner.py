@@ -98,3 +98,6 @@ class Runner(Protocol):
 
     def release(self, slot: int) -> None:
         """Close a slot."""
+
+    def clear(self) -> None:
+        """Drop what is kept of released slots for prompts that would continue them."""

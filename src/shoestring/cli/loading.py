@@ -1,0 +1,42 @@
+"""Loading a model for a command: options in, a `LanguageModel` out, progress on stderr meanwhile."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from shoestring.cli.terminal import note, progress
+
+if TYPE_CHECKING:
+    from shoestring.model import LanguageModel
+
+__all__ = ["loaded"]
+
+
+@contextmanager
+def loaded(
+    model: str,
+    *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    decoding: tuple[str, ...] = (),
+) -> Iterator["LanguageModel"]:
+    """Load the model; the progress bar is gone before the command prints.
+
+    `decoding`: strategies that will be used, so that the machine is timed for them now, under the bar.
+    """
+    from shoestring.decoding.settings import as_decoding, needs_step_cost
+
+    settings = [as_decoding(name) for name in decoding]  # a wrong name is said before anything is fetched
+    with progress() as report:
+        report("load", 0, None)
+        from shoestring.model import load
+
+        language_model = load(
+            model, revision=revision, adapter=adapter, device=device, dtype=dtype, progress=report
+        )
+        if any(needs_step_cost(setting) for setting in settings):
+            language_model.step_cost()
+    note(language_model.description)
+    yield language_model
