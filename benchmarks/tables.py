@@ -1,0 +1,135 @@
+"""Rewrite the tables of README and docs from `benchmarks/results` (`make results`); `--check` only says what is stale.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+Result = dict[str, Any]
+
+
+def load_results(benchmark: str, folder: Path = RESULTS) -> list[tuple[str, Result]]:
+    """(file name, content) of a benchmark's result files."""
+    found = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    return [(name, result) for name, result in found if result.get("benchmark") == benchmark]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
+
+
+def exactness() -> str:
+    """How many texts are equal to plain decoding's, by precision and strategy."""
+    parts = []
+    for name, result in load_results("exactness"):
+        rows = []
+        for kind in ("greedy", "sampled"):
+            for strategy, total in result[kind].items():
+                parted = total["parted"]
+                if result["dtype"] == "float32":
+                    gaps = [row["gap"] for row in parted if row["gap"] is not None]
+                    worst = f"largest gap {max(gaps):.1e}" if gaps else ""
+                else:
+                    ulps = [row["worst_ulp"] for row in parted if row.get("worst_ulp") is not None]
+                    worst = f"worst {max(ulps):.2g} ulp" if ulps else ""
+                rows.append([f"`{strategy}`", kind, f"{total['equal']} of {total['texts']}", worst or "-"])
+        parts.append(
+            f"{result['model']}, {result['dtype']}, MT-Bench prompts, texts equal to plain decoding's "
+            f"({result['machine']}, [{name}](RESULTS/{name})):\n\n"
+            + table(["against", "", "equal", "where they part"], rows)
+        )
+    return "\n".join(parts)
+
+
+def tokens_per_step() -> str:
+    """Tokens per step of each strategy on MT-Bench, fp32."""
+    parts = []
+    for name, result in load_results("exactness"):
+        rows = [
+            [f"`{strategy}`", f"{total['tokens_per_step']:.2f}"]
+            for strategy, total in result["greedy"].items()
+            if strategy != "transformers"
+        ]
+        parts.append(
+            f"{result['model']}, {result['dtype']}, greedy, MT-Bench ([{name}](RESULTS/{name}); the paper's "
+            "7B model with window 15, n-gram 5, guesses 15: 1.96, with prompt pool 2.05):\n\n"
+            + table(["strategy", "tokens/step"], rows)
+        )
+    return "\n".join(parts)
+
+
+def speed() -> str:
+    """Tokens per second of each strategy, as ratios within one run."""
+    parts = []
+    for name, result in load_results("speed"):
+        rows = []
+        for contender, row in result["contenders"].items():
+            plain, theirs = row["over_autoregressive"], row["over_best_transformers"]
+            rows.append(
+                [
+                    f"`{contender}`" if not contender.startswith("transformers") else contender,
+                    f"{row['tokens_per_step']:.2f}",
+                    f"{row['tokens_per_second']:.1f}",
+                    f"{plain['median']:.2f}x ({plain['range'][0]:.2f}-{plain['range'][1]:.2f})",
+                    f"{theirs['median']:.2f}x",
+                ]
+            )
+        parts.append(
+            f"{result['model']}, {result['dtype']}, batch 1, greedy, MT-Bench + GSM8K + HumanEval, "
+            f"{result['machine']} ([{name}](RESULTS/{name})); ratios are medians over rounds of one run:\n\n"
+            + table(["", "tokens/step", "tokens/s", "over plain", "over transformers' best"], rows)
+        )
+    return "\n".join(parts)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "exactness": exactness,
+    "tokens-per-step": tokens_per_step,
+    "speed": speed,
+}
+
+
+def rewritten(path: Path) -> str:
+    """The page with its tables made anew."""
+    depth = len(path.relative_to(ROOT).parts) - 1
+    results = "../" * depth + "benchmarks/results"
+
+    def fill(match: re.Match[str]) -> str:
+        return match[1] + TABLES[match[2]]().replace("RESULTS/", f"{results}/") + match[4]
+
+    return _BLOCK.sub(fill, path.read_text())
+
+
+def pages() -> list[Path]:
+    """The pages that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if a table is stale"
+    )
+    check = arguments.parse_args().check
+    stale = [path for path in pages() if rewritten(path) != path.read_text()]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'stale' if check else 'rewritten'}")
+        if not check:
+            path.write_text(rewritten(path))
+    sys.exit(bool(check and stale))
+
+
+if __name__ == "__main__":
+    main()
