@@ -3,20 +3,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from folders import write_gguf, write_llama
 
 import shoestring.hub as hub
-
-WIDTH, LAYERS, HEADS, KV_HEADS, FEEDFORWARD = 64, 2, 4, 2, 128
-
-
-def byte_alphabet() -> list[str]:
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 @pytest.fixture
@@ -33,81 +23,9 @@ def default_folder() -> Path:
     return hub.resolve("smollm2-135m")
 
 
-def write_gguf(path: Path, *, pre: str = "smollm", drop: str = "", **extra: Any) -> Path:
-    """A random two-layer Llama with a byte-level vocabulary of single bytes, ' 1', '12' and two markers."""
-    random = np.random.default_rng(0)
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "Ġ1", "12", "he", "hello"]
-    writer = gguf.GGUFWriter(path, extra.pop("architecture", "llama"))
-    writer.add_name("tiny")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(256)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(FEEDFORWARD)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["Ġ 1", "1 2", "h e"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    for key, value in extra.pop("strings", {}).items():
-        writer.add_string(key, value)
-    for key, value in extra.pop("flags", {}).items():
-        writer.add_bool(key, value)
-    for key, value in extra.pop("floats", {}).items():
-        writer.add_float32(key, value)
-
-    tensors = {"token_embd.weight": (len(tokens), WIDTH), "output_norm.weight": (WIDTH,)}
-    for layer in range(LAYERS):
-        block = f"blk.{layer}."
-        tensors |= {block + "attn_norm.weight": (WIDTH,), block + "ffn_norm.weight": (WIDTH,)}
-        tensors |= {block + name: (WIDTH, WIDTH) for name in ("attn_q.weight", "attn_output.weight")}
-        tensors |= {block + name: (WIDTH // 2, WIDTH) for name in ("attn_k.weight", "attn_v.weight")}
-        tensors |= {block + name: (FEEDFORWARD, WIDTH) for name in ("ffn_gate.weight", "ffn_up.weight")}
-        tensors[block + "ffn_down.weight"] = (WIDTH, FEEDFORWARD)
-    for name, shape in tensors.items():
-        if name != drop:
-            writer.add_tensor(name, random.normal(0, 0.1, shape).astype(np.float32))
-    for name, array in extra.pop("arrays", {}).items():
-        writer.add_tensor(name, array)
-    assert not extra
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture
 def make_gguf() -> Callable[..., Path]:
     return write_gguf
-
-
-def write_llama(folder: Path, *, shard_size: str = "5GB", tokenizer: bool = True) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=WIDTH,
-        intermediate_size=FEEDFORWARD,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard_size)
-    if tokenizer:
-        vocabulary = {token: at for at, token in enumerate(byte_alphabet())}
-        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def _invoke(arguments: Sequence[str]) -> int:
     try:
         result = command.main(list(arguments), prog_name="shoestring", standalone_mode=False)
     except typer.Abort:
-        raise KeyboardInterrupt from None
+        result = _INTERRUPTED
     except Exception as error:
         if not isinstance(error, _UsageError):
             raise
@@ -97,6 +97,8 @@ def _invoke(arguments: Sequence[str]) -> int:
             return 2
         where = f" (see {usage.ctx.command_path} --help)" if getattr(usage, "ctx", None) else ""
         raise RequestError(usage.format_message().rstrip(".") + where) from error
+    if result == _INTERRUPTED:  # typer has caught the interrupt
+        raise KeyboardInterrupt
     sys.stdout.flush()
     return result if isinstance(result, int) else 0
 

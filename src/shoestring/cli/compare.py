@@ -114,7 +114,8 @@ class _View:
         if index != self._prompt:
             prompt = self._prompts[index]
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            output().rule(" ".join(f"{index + 1}. {text}".split())[:100], style="dim")
+            title = " ".join(f"{index + 1}. {text}".split())
+            output().print(f"\n-- {title[:90]}{'...' if len(title) > 90 else ''}", style="dim", markup=False)
             self._prompt, self._decoding = index, ""
         if decoding != self._decoding:
             output().print(f"\n{decoding}", style="bold", markup=False)

@@ -105,7 +105,7 @@ def _finished_lines(target: Path, requests: Sequence[str]) -> int:
     Raises:
         RequestError: it holds results of other prompts or settings, or something else altogether.
     """
-    if not target.exists():
+    if not target.is_file():  # not there yet, or a device such as /dev/stdout
         return 0
     try:
         content = target.read_bytes()

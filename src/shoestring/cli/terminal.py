@@ -28,7 +28,8 @@ def output() -> "Console":
     """The console on stdout."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    # A pipe has no width: what reads it wants whole lines.
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 
 
 @cache
