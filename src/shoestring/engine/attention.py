@@ -17,7 +17,15 @@ from torch import Tensor
 
 from shoestring.engine.tokentree import TokenTree
 
-__all__ = ["ATTENTION_NAME", "Segment", "StepLayout", "active_step", "current_step", "register_attention"]
+__all__ = [
+    "ATTENTION_NAME",
+    "Segment",
+    "StepLayout",
+    "active_step",
+    "additive_mask",
+    "current_step",
+    "register_attention",
+]
 
 ATTENTION_NAME = "shoestring"
 
@@ -115,7 +123,21 @@ def tree_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "1 1 T S"] | None:
 
         mask: Tensor | None = sdpa_mask(*args, **kwargs)
         return mask
-    function: Callable[..., Tensor] = kwargs["mask_function"]
+    return _packed_mask(step, kwargs["mask_function"])
+
+
+def additive_mask(layout: StepLayout, dtype: torch.dtype) -> Float[Tensor, "1 1 T S"]:
+    """The step's causal mask as numbers to add to scores.
+
+    For models that compute attention themselves: transformers hands a ready-made mask [1, 1, T, S] through to it.
+    """
+    mask = _packed_mask(layout, lambda batch, head, query, key: key <= query)
+    device = layout.segments[0].query_positions.device
+    added = torch.zeros(1, 1, layout.total_rows, layout.total_keys, dtype=dtype, device=device)
+    return added if mask is None else added.masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _packed_mask(step: StepLayout, function: Callable[..., Tensor]) -> Bool[Tensor, "1 1 T S"] | None:
     zero = step.segments[0].query_positions.new_zeros(1, 1)
     blocks: list[Tensor | None] = []
     for segment in step.segments:

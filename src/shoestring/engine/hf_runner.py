@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoestring.engine import admission
-from shoestring.engine.attention import StepLayout, active_step, register_attention
+from shoestring.engine.attention import StepLayout, active_step, additive_mask, register_attention
 from shoestring.engine.kvcache import KVCache
 from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
 from shoestring.engine.sampling import SamplingOptions, next_token
@@ -23,7 +23,7 @@ class HFRunner:
     """Runs an unmodified HF model over token trees.
 
     The model's attention is switched to tree attention, which is transformers' SDPA outside our steps; `close`
-    switches it back.
+    switches it back. A model whose attention cannot be switched computes its own under a ready-made mask.
 
     Raises:
         UnsupportedModelError: the engine would not be right on this architecture.
@@ -34,6 +34,7 @@ class HFRunner:
         admission.check_architecture(model)
         self.model = model
         self._original_attention: str = admission.text_config(model)._attn_implementation
+        self._own_attention = admission.computes_own_attention(model)
         self._limit = admission.max_positions(model)
         planes = admission.probe(model, self._original_attention)
         self.cache = KVCache(planes, self._limit)
@@ -79,6 +80,8 @@ class HFRunner:
         rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
         kept = [segment.first_row + row for segment in layout.segments for row in rows[segment.slot]]
         arguments = self._inputs(trees)
+        if self._own_attention:
+            arguments["attention_mask"] = additive_mask(layout, self.model.dtype)  # type: ignore[arg-type]
         everything = len(kept) == layout.total_rows
         if self._selects_rows and not everything:
             # At least one row: some models take an empty selection for all of them.
@@ -132,7 +135,8 @@ class HFRunner:
 
     def close(self) -> None:
         """Switch the model back to the attention it came with and drop the cache."""
-        admission._switch_attention(self.model, self._original_attention)
+        if not self._own_attention:
+            admission.switch_attention(self.model, self._original_attention)
         self.cache.clear()
 
     def _inputs(self, trees: Mapping[int, TokenTree]) -> dict[str, Any]:
