@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from shoestring.decoding.drafters.protocol import Context, Draft, Drafter, StepObservation
 from shoestring.decoding.stopping import Stopping
 from shoestring.decoding.verify import verify
-from shoestring.engine.runner import Outputs, RowResults, Runner
+from shoestring.engine.runner import Outputs, RowResults, Runner, give_slot, take_slot
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
@@ -66,18 +66,20 @@ class _Sequence:
 def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Iterator[Emission]:
     """Decode requests, at most `slots` at a time, and yield their tokens as steps produce them.
 
-    Closing the generator releases all slots.
+    All prompts are checked before the first step. Closing the generator releases all slots.
 
     Raises:
         RequestError: an empty prompt, or one that leaves no room in the model's context.
     """
     waiting = deque(enumerate(requests))
+    for _, request in waiting:
+        _check_prompt(runner, request.prompt)
     active: list[_Sequence] = []
     try:
         while waiting or active:
             while waiting and len(active) < slots:
                 index, request = waiting.popleft()
-                active.append(_open(runner, index, request, _free_slot(active)))
+                active.append(_open(runner, index, request))
             for sequence, emissions in _step(runner, active):
                 if emissions and emissions[-1].finish_reason:
                     active.remove(sequence)
@@ -88,13 +90,7 @@ def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Itera
             _close(runner, sequence)
 
 
-def _free_slot(active: list[_Sequence]) -> int:
-    taken = {sequence.slot for sequence in active}
-    return next(slot for slot in range(len(taken) + 1) if slot not in taken)
-
-
-def _open(runner: Runner, index: int, request: Request, slot: int) -> _Sequence:
-    prompt = list(request.prompt)
+def _check_prompt(runner: Runner, prompt: list[int]) -> None:
     if not prompt:
         raise RequestError("the prompt is empty; give it at least one token")
     limit = runner.max_positions
@@ -103,15 +99,24 @@ def _open(runner: Runner, index: int, request: Request, slot: int) -> _Sequence:
     bad = next((token for token in prompt if not 0 <= token < runner.vocab_size), None)
     if bad is not None:
         raise RequestError(f"token id {bad} is not in the model's vocabulary of {runner.vocab_size}")
+
+
+def _open(runner: Runner, index: int, request: Request) -> _Sequence:
+    prompt, slot = list(request.prompt), take_slot(runner)
     reused = runner.open(slot, request.sampling, prompt)
     sequence = _Sequence(index, request, slot, Context(prompt, len(prompt)), prompt[reused:])
     if request.drafter is not None:
-        request.drafter.begin(prompt)
+        try:
+            request.drafter.begin(prompt)
+        except BaseException:
+            _close(runner, sequence)
+            raise
     return sequence
 
 
 def _close(runner: Runner, sequence: _Sequence) -> None:
     runner.release(sequence.slot)
+    give_slot(runner, sequence.slot)
     close = getattr(sequence.request.drafter, "close", None)
     if close is not None:
         close()

@@ -37,13 +37,13 @@ class DraftingEnvironment:
     step_cost: Callable[[], StepCost]
     load_draft_runner: Callable[[str], Runner]
     rates: AcceptanceRates = field(default_factory=AcceptanceRates)
-    draft_slots: int = 0
 
 
 def _at_least(settings: object, **least: int) -> None:
     for name, value in least.items():
         given = getattr(settings, name)
-        if given is not None and (not isinstance(given, int) or given < value):
+        whole = isinstance(given, int) and not isinstance(given, bool)
+        if given is not None and (not whole or given < value):
             kind = type(settings).__name__.lower()
             raise RequestError(f"{kind}: {name} is {given!r}; it must be a whole number of at least {value}")
 
@@ -75,6 +75,9 @@ class Lookahead:
 
     def __post_init__(self) -> None:
         _at_least(self, window=1, ngram=2, guesses=1)
+        for name in ("prompt_pool", "keep_window"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"lookahead: {name} is {getattr(self, name)!r}; it must be true or false")
 
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """A lookahead drafter of the given or measured size."""
@@ -135,9 +138,7 @@ class DraftModel:
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """A drafter with a slot of its own in the draft model's runner."""
         runner = environment.load_draft_runner(self.model)
-        slot = environment.draft_slots
-        environment.draft_slots += 1
-        return DraftModelDrafter(runner, slot, self.tokens, sampling)
+        return DraftModelDrafter(runner, self.tokens, sampling)
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,10 @@ class Auto:
 
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """The merged drafter, or plain decoding where no rows can pay."""
+        if self.budget is not None:
+            return MergedDrafter(None, self.budget, rates=environment.rates)
         cost = environment.step_cost()
-        if self.budget is None and not cost.pays():
-            return None
-        return MergedDrafter(cost, self.budget, rates=environment.rates)
+        return MergedDrafter(cost, rates=environment.rates) if cost.pays() else None
 
 
 Decoding = Autoregressive | Lookahead | Ngram | DraftModel | Auto

@@ -179,6 +179,8 @@ def tree_attention(
     if step is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if softcap is not None or s_aux is not None:  # SDPA would leave them out
+            return _attend_plainly(query, key, value, attention_mask, scaling, softcap, s_aux), None
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -195,6 +197,23 @@ def tree_attention(
             _attend(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, scale, softcap, s_aux)
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention outside a step, where no mask means a causal one."""
+    rows, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return _attend(query, key, value, mask, scale, softcap, sinks).transpose(1, 2)
 
 
 def _attend(
@@ -226,7 +245,7 @@ def _attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).expand(1, -1, query.shape[2], 1).to(scores.dtype)
+        column = sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], 1).to(scores.dtype)
         scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if sinks is not None:

@@ -36,7 +36,12 @@ class HFRunner:
         self._original_attention: str = admission.text_config(model)._attn_implementation
         self._own_attention = admission.computes_own_attention(model)
         self._limit = admission.max_positions(model)
-        planes = admission.probe(model, self._original_attention)
+        self._closed = False
+        try:
+            planes = admission.probe(model, self._original_attention)
+        except BaseException:
+            self._restore_attention()
+            raise
         self.cache = KVCache(planes, self._limit)
         self._vocab_size = int(admission.text_config(model).vocab_size)
         self._embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -62,6 +67,8 @@ class HFRunner:
 
     def open(self, slot: int, sampling: SamplingOptions, prompt: Sequence[int] = ()) -> int:
         """Open a slot; return how many of the prompt's first tokens are cached already."""
+        if self._closed:
+            raise RequestError("the model was closed, and has its own attention back; load it again")
         cached = self.cache.open(slot, prompt)
         self._sampling[slot] = sampling
         return cached
@@ -97,7 +104,7 @@ class HFRunner:
             )
             logits = output.logits[0]
             if not self._selects_rows and not everything:
-                logits = logits[torch.tensor(kept, device=logits.device)]
+                logits = logits[torch.tensor(kept, dtype=torch.long, device=logits.device)]
             hidden = {layer: output.hidden_states[layer][0] for layer in want.hidden_states}
         self._trees = dict(trees)
         results: dict[int, RowResults] = {}
@@ -135,9 +142,13 @@ class HFRunner:
 
     def close(self) -> None:
         """Switch the model back to the attention it came with and drop the cache."""
+        self._closed = True
+        self._restore_attention()
+        self.cache.clear()
+
+    def _restore_attention(self) -> None:
         if not self._own_attention:
             admission.switch_attention(self.model, self._original_attention)
-        self.cache.clear()
 
     def _inputs(self, trees: Mapping[int, TokenTree]) -> dict[str, Any]:
         tokens = [max(token, 0) for tree in trees.values() for token in tree.tokens]

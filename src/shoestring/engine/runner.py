@@ -2,14 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 
-__all__ = ["NEXT_TOKENS", "Outputs", "RowResults", "Runner", "StepResult"]
+__all__ = [
+    "NEXT_TOKENS",
+    "Outputs",
+    "RowResults",
+    "Runner",
+    "StepResult",
+    "give_slot",
+    "take_slot",
+]
 
 
 @dataclass(frozen=True)
@@ -98,3 +108,19 @@ class Runner(Protocol):
 
     def release(self, slot: int) -> None:
         """Close a slot."""
+
+
+_taken: WeakKeyDictionary[Runner, set[int]] = WeakKeyDictionary()
+
+
+def take_slot(runner: Runner) -> int:
+    """The lowest slot number that no other caller holds: several streams may share one runner."""
+    taken = _taken.setdefault(runner, set())
+    slot = next(number for number in count() if number not in taken)
+    taken.add(slot)
+    return slot
+
+
+def give_slot(runner: Runner, slot: int) -> None:
+    """Hand a slot number back."""
+    _taken[runner].discard(slot)
