@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -249,6 +250,6 @@ def _affordable_lookahead(cost: StepCost) -> tuple[int, int, int]:
 
     def speed(size: tuple[int, int, int]) -> float:
         rows = (size[0] + size[2]) * (size[1] - 1)
-        return (1 + 0.14 * rows.bit_length()) / cost.of(rows)
+        return (1 + 0.14 * math.log2(rows)) / cost.of(rows)
 
     return max(sizes, key=speed)
