@@ -210,11 +210,20 @@ class Session:
 
 def as_batch(prompt: Any) -> tuple[list[Prompt], bool]:
     """The prompts as a list, and whether there was just one."""
+    prompt = _plain(prompt)
     if isinstance(prompt, str):
         return [prompt], True
-    if not isinstance(prompt, Sequence) or not prompt:
+    if not isinstance(prompt, Sequence):
+        raise RequestError(
+            f"the prompt is a {type(prompt).__name__}; give a text, messages, token ids, or a list of these"
+        )
+    if not prompt:
         raise RequestError("the prompt is empty; give a text, messages, token ids, or a list of these")
-    first = prompt[0]
-    if isinstance(first, Mapping | int):
-        return [prompt], True
-    return list(prompt), False
+    prompts = [_plain(item) for item in prompt]
+    single = isinstance(prompts[0], Mapping | int)
+    return ([prompts], True) if single else (prompts, False)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -14,15 +14,14 @@ from shoestring.model import LanguageModel
 
 __all__ = ["custom_generate"]
 
-# Processors that `SamplingOptions` covers, and criteria that are read off the generation config.
+# Processors that `SamplingOptions` covers: its option, and the processor's attribute that holds it.
 _PROCESSORS = {
-    "TemperatureLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "MinPLogitsWarper",
-    "RepetitionPenaltyLogitsProcessor",
+    "TemperatureLogitsWarper": ("temperature", "temperature"),
+    "TopKLogitsWarper": ("top_k", "top_k"),
+    "TopPLogitsWarper": ("top_p", "top_p"),
+    "MinPLogitsWarper": ("min_p", "min_p"),
+    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"),
 }
-_CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
 
 
 def custom_generate(
@@ -61,9 +60,9 @@ def custom_generate(
         seed = int(torch.randint(1 << 62, ())) if generation_config.do_sample else 0
         requests = []
         for index, prompt in enumerate(prompts):
-            sampling = _sampling(generation_config, seed, index)
+            sampling = _sampling(logits_processor, generation_config, seed, index)
             drafter = settings if isinstance(settings, Drafter) else settings.drafter(environment, sampling)
-            stopping = _Stopping(prompt, input_ids[index], generation_config, stopping_criteria)
+            stopping = _Stopping(input_ids[index], stopping_criteria)
             requests.append(Request(prompt=prompt, sampling=sampling, stopping=stopping, drafter=drafter))
         outputs: list[list[int]] = [[] for _ in prompts]
         for emission in decode(language_model.runner, requests):
@@ -76,12 +75,19 @@ def custom_generate(
 class _Stopping:
     """transformers' stopping criteria, asked token by token."""
 
-    def __init__(self, prompt: list[int], row: Tensor, config: Any, criteria: Any) -> None:
-        eos = config.eos_token_id
-        self._eos = frozenset(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
-        # max_length counts the padded prompt.
-        self._most = config.max_length - row.shape[0]
-        self._criteria = [criterion for criterion in criteria if type(criterion).__name__ not in _CRITERIA]
+    def __init__(self, row: Tensor, criteria: Any) -> None:
+        from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+        # These two, on nearly every call, need no look at the whole sequence. max_length counts the padded prompt.
+        ends = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
+        longest = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
+        self._eos = frozenset(token for tokens in ends for token in tokens.flatten().tolist())
+        self._most = min(longest, default=1 << 62) - row.shape[0]
+        self._criteria = [
+            criterion
+            for criterion in criteria
+            if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
+        ]
         self._tokens = row.tolist() if self._criteria else []
         self._device = row.device
         self.count = 0
@@ -112,6 +118,8 @@ def _refuse_unknown(logits_processor: Any, config: Any) -> None:
         name = type(processor).__name__
         if name not in _PROCESSORS:
             raise RequestError(f"{name} is not supported in custom_generate; leave its option out")
+        if getattr(processor, "prompt_ignore_length", None):
+            raise RequestError("prompt_ignore_length is not supported in custom_generate; leave it out")
     for option, plain in (("num_beams", 1), ("penalty_alpha", None), ("constraints", None)):
         if getattr(config, option, plain) not in (plain, None, 0):
             raise RequestError(f"{option}={getattr(config, option)} is not supported in custom_generate")
@@ -122,25 +130,25 @@ def _refuse_unknown(logits_processor: Any, config: Any) -> None:
             )
 
 
-def _sampling(config: Any, seed: int, sample: int) -> SamplingOptions:
-    penalty = config.repetition_penalty or 1.0
+def _sampling(processors: Any, config: Any, seed: int, sample: int) -> SamplingOptions:
+    options: dict[str, Any] = {"temperature": 1.0}
+    for processor in processors or ():
+        option, attribute = _PROCESSORS[type(processor).__name__]
+        options[option] = getattr(processor, attribute)
     if not config.do_sample:
-        return SamplingOptions(repetition_penalty=penalty)
-    return SamplingOptions(
-        temperature=1.0 if config.temperature is None else config.temperature,
-        top_k=config.top_k or 0,
-        top_p=1.0 if config.top_p is None else config.top_p,
-        min_p=config.min_p or 0.0,
-        repetition_penalty=penalty,
-        seed=seed,
-        sample=sample,
-    )
+        options["temperature"] = 0.0
+    return SamplingOptions(**options, seed=seed, sample=sample)
 
 
 def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-    if attention_mask is None or attention_mask.dim() != 2:
+    if attention_mask is None:
         rows: list[list[int]] = input_ids.tolist()
         return rows
+    if attention_mask.shape != input_ids.shape:
+        raise RequestError(
+            f"the attention mask is {list(attention_mask.shape)}; custom_generate takes one like the input ids, "
+            f"{list(input_ids.shape)}"
+        )
     return [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
 
 

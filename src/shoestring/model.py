@@ -198,7 +198,10 @@ class LanguageModel:
         Raises:
             RequestError: fewer than two tokens, or more than the context holds.
         """
-        tokens = self.encode(text)
+        prompts, single = as_batch(text)
+        if not single:
+            raise RequestError("score takes one text at a time")
+        tokens = self.encode(prompts[0])
         limit = self.runner.max_positions
         if len(tokens) < 2:
             raise RequestError(f"scoring needs at least two tokens; this text has {len(tokens)}")
@@ -226,10 +229,14 @@ class LanguageModel:
         """Token ids of a text (with the tokenizer's special tokens), of messages (chat template), or as given.
 
         Raises:
-            RequestError: an empty prompt, no tokenizer, no chat template, or a malformed message.
+            RequestError: an empty prompt, an unknown token id, no tokenizer, no chat template, or a malformed message.
         """
         if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
             tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
+            size = self.runner.vocab_size
+            bad = next((token for token in tokens if not 0 <= token < size), None)
+            if bad is not None:
+                raise RequestError(f"token id {bad} is not in the model's vocabulary of {size}")
         elif self.tokenizer is None:
             raise RequestError(f"{self.name} has no tokenizer; give token ids instead of text")
         elif isinstance(prompt, str):

@@ -7,7 +7,7 @@ from itertools import islice
 from shoestring.decoding.drafters.protocol import Context, Draft, Drafter, StepObservation
 from shoestring.decoding.stopping import Stopping
 from shoestring.decoding.verify import verify
-from shoestring.engine.runner import Outputs, RowResults, Runner
+from shoestring.engine.runner import Outputs, RowResults, Runner, free_slot
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
@@ -76,7 +76,7 @@ def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Itera
     try:
         while True:
             for index, request in islice(waiting, slots - len(active)):
-                active.append(_open(runner, index, request, _free_slot(active)))
+                active.append(_open(runner, index, request))
             if not active:
                 return
             for sequence, emissions in _step(runner, active):
@@ -87,11 +87,6 @@ def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Itera
     finally:
         for sequence in active:
             _close(runner, sequence)
-
-
-def _free_slot(active: list[_Sequence]) -> int:
-    taken = {sequence.slot for sequence in active}
-    return next(slot for slot in range(len(taken) + 1) if slot not in taken)
 
 
 def check_prompt(runner: Runner, prompt: Sequence[int]) -> None:
@@ -106,13 +101,17 @@ def check_prompt(runner: Runner, prompt: Sequence[int]) -> None:
         raise RequestError(f"token id {bad} is not in the model's vocabulary of {runner.vocab_size}")
 
 
-def _open(runner: Runner, index: int, request: Request, slot: int) -> _Sequence:
-    prompt = list(request.prompt)
+def _open(runner: Runner, index: int, request: Request) -> _Sequence:
+    prompt, slot = list(request.prompt), free_slot(runner)
     check_prompt(runner, prompt)
     reused = runner.open(slot, request.sampling, prompt)
     sequence = _Sequence(index, request, slot, Context(prompt, len(prompt)), prompt[reused:])
     if request.drafter is not None:
-        request.drafter.begin(prompt)
+        try:
+            request.drafter.begin(prompt)
+        except BaseException:
+            _close(runner, sequence)
+            raise
     return sequence
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,13 +39,13 @@ class DraftingEnvironment:
     step_cost: Callable[[], StepCost]
     load_draft_runner: Callable[[str], Runner]
     rates: AcceptanceRates = field(default_factory=AcceptanceRates)
-    draft_slots: int = 0
 
 
 def _at_least(settings: object, **least: int) -> None:
     for name, value in least.items():
         given = getattr(settings, name)
-        if given is not None and (not isinstance(given, int) or given < value):
+        whole = isinstance(given, int) and not isinstance(given, bool)
+        if given is not None and (not whole or given < value):
             kind = type(settings).__name__.lower()
             raise RequestError(f"{kind}: {name} is {given!r}; it must be a whole number of at least {value}")
 
@@ -76,6 +77,9 @@ class Lookahead:
 
     def __post_init__(self) -> None:
         _at_least(self, window=1, ngram=2, guesses=1)
+        for name in ("prompt_pool", "keep_window"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"lookahead: {name} is {getattr(self, name)!r}; it must be true or false")
 
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """A lookahead drafter of the given or measured size."""
@@ -136,9 +140,7 @@ class DraftModel:
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """A drafter with a slot of its own in the draft model's runner."""
         runner = environment.load_draft_runner(self.model)
-        slot = environment.draft_slots
-        environment.draft_slots += 1
-        return DraftModelDrafter(runner, slot, self.tokens, sampling)
+        return DraftModelDrafter(runner, self.tokens, sampling)
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,10 @@ class Auto:
 
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """The merged drafter, or plain decoding where no rows can pay."""
+        if self.budget is not None:
+            return MergedDrafter(None, self.budget, rates=environment.rates)
         cost = environment.step_cost()
-        if self.budget is None and not cost.pays():
-            return None
-        return MergedDrafter(cost, self.budget, rates=environment.rates)
+        return MergedDrafter(cost, rates=environment.rates) if cost.pays() else None
 
 
 Decoding = Autoregressive | Lookahead | Ngram | DraftModel | Auto
@@ -256,6 +258,6 @@ def _affordable_lookahead(cost: StepCost) -> tuple[int, int, int]:
 
     def speed(size: tuple[int, int, int]) -> float:
         rows = (size[0] + size[2]) * (size[1] - 1)
-        return (1 + 0.14 * rows.bit_length()) / cost.of(rows)
+        return (1 + 0.14 * math.log2(rows)) / cost.of(rows)
 
     return max(sizes, key=speed)

@@ -1,6 +1,7 @@
 """What a step costs by its rows, measured on this machine, and how many rows that makes worthwhile."""
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -116,7 +117,9 @@ def remembered_step_cost(
     try:
         stored = json.loads(path.read_text())
         cost = StepCost(tuple(map(int, stored["rows"])), tuple(map(float, stored["seconds"])))
-        if cost.rows and len(cost.rows) == len(cost.seconds) and all(value > 0 for value in cost.seconds):
+        ordered = all(fewer < more for fewer, more in pairwise((0, *cost.rows)))
+        positive = all(0 < value < math.inf for value in cost.seconds)
+        if cost.rows and len(cost.rows) == len(cost.seconds) and ordered and positive:
             return cost
     except (OSError, ValueError, KeyError, TypeError):
         cost = None  # not measured yet, or not by this version: measure

@@ -9,14 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoestring.engine.attention import ATTENTION_NAME, StepLayout, active_step
+from shoestring.engine.attention import ATTENTION_NAME, StepLayout, active_step, additive_mask
 from shoestring.engine.kvcache import KVCache, LayerShapeRecorder, PlaneShape
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import UnsupportedModelError
 
-__all__ = ["check_architecture", "max_positions", "probe", "text_config"]
+__all__ = [
+    "check_architecture",
+    "computes_own_attention",
+    "max_positions",
+    "probe",
+    "switch_attention",
+    "text_config",
+]
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+# Attention that a model computes itself is right under a mask of ours only if that mask is all there is to it.
+_OWN_ATTENTION = {"eager", "sdpa"}
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 _REFUSED = {
     "bloom": "its ALiBi bias is computed from key indices",
     "mpt": "its ALiBi bias is computed from key indices",
@@ -55,6 +65,11 @@ def text_config(model: torch.nn.Module) -> Any:
     return model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
 
 
+def computes_own_attention(model: torch.nn.Module) -> bool:
+    """Whether transformers cannot switch the model's attention (Falcon, GPT-J): it then runs under a ready-made mask."""
+    return not model._can_set_attn_implementation()  # type: ignore[operator]
+
+
 def check_architecture(model: torch.nn.Module) -> None:
     """Refuse what is known to be silently wrong.
 
@@ -71,6 +86,11 @@ def check_architecture(model: torch.nn.Module) -> None:
     layer_types = set(getattr(config, "layer_types", None) or ())
     if reason is None and layer_types - _LAYER_TYPES:
         reason = f"it has layers of type {', '.join(sorted(layer_types - _LAYER_TYPES))}"
+    if reason is None and computes_own_attention(model):
+        if config._attn_implementation not in _OWN_ATTENTION:
+            reason = f"its own {config._attn_implementation} attention takes no mask of ours"
+        elif any(getattr(config, window, None) for window in _WINDOWS):
+            reason = "its attention cannot be switched and has windows"
     if reason is not None:
         raise UnsupportedModelError(
             f"{kind} models cannot be run over token trees: {reason}; transformers' own generate() runs them"
@@ -110,13 +130,16 @@ def probe(model: torch.nn.Module, attention: str) -> dict[tuple[int, str], Plane
     tokens = [(7 + 13 * i) % max(vocabulary - 1, 1) for i in range(_PROBE_CACHED + len(_PROBE_PARENTS))]
     cached, rows = tokens[:_PROBE_CACHED], tokens[_PROBE_CACHED:]
     tree = TokenTree(rows, _PROBE_PARENTS)
-    _switch_attention(model, attention)
+    own_attention = computes_own_attention(model)
+    if not own_attention:
+        switch_attention(model, attention)
     leaves = [row for row in range(len(tree)) if not tree.children[row]]
     plain = []
     for leaf in leaves:
         sequence = [*cached, *(rows[row] for row in tree.path(leaf))]
         plain.append(_logits(model, torch.tensor([sequence], device=device), use_cache=False)[0, -1])
-    _switch_attention(model, ATTENTION_NAME)
+    if not own_attention:
+        switch_attention(model, ATTENTION_NAME)
     recorder = LayerShapeRecorder()
     try:
         _forward_tree(model, recorder, {0: TokenTree.chain(cached)}, {0: 0}, device)
@@ -143,7 +166,12 @@ def probe(model: torch.nn.Module, attention: str) -> dict[tuple[int, str], Plane
     return recorder.planes
 
 
-def _switch_attention(model: torch.nn.Module, name: str) -> None:
+def switch_attention(model: torch.nn.Module, name: str) -> None:
+    """Set the text tower's attention implementation.
+
+    Raises:
+        UnsupportedModelError: the model ignores it.
+    """
     config = text_config(model)
     if config is model.config:
         model.set_attn_implementation(name)  # type: ignore[operator]
@@ -169,8 +197,18 @@ def _forward_tree(
 ) -> Tensor:
     layout = StepLayout.pack(trees, cached, device)
     input_ids = torch.tensor([[token for tree in trees.values() for token in tree.tokens]], device=device)
+    arguments: dict[str, Any] = {}
+    if computes_own_attention(model):
+        arguments["attention_mask"] = additive_mask(layout, model.dtype)  # type: ignore[arg-type]
     with active_step(layout):
-        return _logits(model, input_ids, position_ids=layout.positions, past_key_values=cache, use_cache=True)
+        return _logits(
+            model,
+            input_ids,
+            position_ids=layout.positions,
+            past_key_values=cache,
+            use_cache=True,
+            **arguments,
+        )
 
 
 def _relative_error(tree_logits: Tensor, plain: Sequence[Tensor]) -> float:

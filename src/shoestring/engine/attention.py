@@ -17,7 +17,15 @@ from torch import Tensor
 
 from shoestring.engine.tokentree import TokenTree
 
-__all__ = ["ATTENTION_NAME", "Segment", "StepLayout", "active_step", "current_step", "register_attention"]
+__all__ = [
+    "ATTENTION_NAME",
+    "Segment",
+    "StepLayout",
+    "active_step",
+    "additive_mask",
+    "current_step",
+    "register_attention",
+]
 
 ATTENTION_NAME = "shoestring"
 
@@ -115,7 +123,21 @@ def tree_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "1 1 T S"] | None:
 
         mask: Tensor | None = sdpa_mask(*args, **kwargs)
         return mask
-    function: Callable[..., Tensor] = kwargs["mask_function"]
+    return _packed_mask(step, kwargs["mask_function"])
+
+
+def additive_mask(layout: StepLayout, dtype: torch.dtype) -> Float[Tensor, "1 1 T S"]:
+    """The step's causal mask as numbers to add to scores.
+
+    For models that compute attention themselves: transformers hands a ready-made mask [1, 1, T, S] through to it.
+    """
+    mask = _packed_mask(layout, lambda batch, head, query, key: key <= query)
+    device = layout.segments[0].query_positions.device
+    added = torch.zeros(1, 1, layout.total_rows, layout.total_keys, dtype=dtype, device=device)
+    return added if mask is None else added.masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _packed_mask(step: StepLayout, function: Callable[..., Tensor]) -> Bool[Tensor, "1 1 T S"] | None:
     zero = step.segments[0].query_positions.new_zeros(1, 1)
     blocks: list[Tensor | None] = []
     for segment in step.segments:
@@ -157,6 +179,8 @@ def tree_attention(
     if step is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if softcap is not None or s_aux is not None:  # SDPA would leave them out
+            return _attend_plainly(query, key, value, attention_mask, scaling, softcap, s_aux), None
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -173,6 +197,23 @@ def tree_attention(
             _attend(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, scale, softcap, s_aux)
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention outside a step, where no mask means a causal one."""
+    rows, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return _attend(query, key, value, mask, scale, softcap, sinks).transpose(1, 2)
 
 
 def _attend(
@@ -204,7 +245,7 @@ def _attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).expand(1, -1, query.shape[2], 1).to(scores.dtype)
+        column = sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], 1).to(scores.dtype)
         scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if sinks is not None:

@@ -2,14 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shoestring.engine import admission
-from shoestring.engine.attention import StepLayout, active_step, register_attention
+from shoestring.engine.attention import StepLayout, active_step, additive_mask, register_attention
 from shoestring.engine.kvcache import KVCache
 from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
 from shoestring.engine.sampling import SamplingOptions, next_token
@@ -23,7 +23,7 @@ class HFRunner:
     """Runs an unmodified HF model over token trees.
 
     The model's attention is switched to tree attention, which is transformers' SDPA outside our steps; `close`
-    switches it back.
+    switches it back. A model whose attention cannot be switched computes its own under a ready-made mask.
 
     Raises:
         UnsupportedModelError: the engine would not be right on this architecture.
@@ -34,8 +34,14 @@ class HFRunner:
         admission.check_architecture(model)
         self.model = model
         self._original_attention: str = admission.text_config(model)._attn_implementation
+        self._own_attention = admission.computes_own_attention(model)
         self._limit = admission.max_positions(model)
-        planes = admission.probe(model, self._original_attention)
+        self._closed = False
+        try:
+            planes = admission.probe(model, self._original_attention)
+        except BaseException:
+            self._restore_attention()
+            raise
         self.cache = KVCache(planes, self._limit)
         self._vocab_size = int(admission.text_config(model).vocab_size)
         self._embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -59,8 +65,15 @@ class HFRunner:
         """Where token ids go in."""
         return self._device
 
+    @property
+    def slots(self) -> Collection[int]:
+        """The slots that are open."""
+        return self._sampling.keys()
+
     def open(self, slot: int, sampling: SamplingOptions, prompt: Sequence[int] = ()) -> int:
         """Open a slot; return how many of the prompt's first tokens are cached already."""
+        if self._closed:
+            raise RequestError("the model was closed, and has its own attention back; load it again")
         cached = self.cache.open(slot, prompt)
         self._sampling[slot] = sampling
         return cached
@@ -79,6 +92,8 @@ class HFRunner:
         rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
         kept = [segment.first_row + row for segment in layout.segments for row in rows[segment.slot]]
         arguments = self._inputs(trees)
+        if self._own_attention:
+            arguments["attention_mask"] = additive_mask(layout, self.model.dtype)  # type: ignore[arg-type]
         everything = len(kept) == layout.total_rows
         if self._selects_rows and not everything:
             # At least one row: some models take an empty selection for all of them.
@@ -94,7 +109,7 @@ class HFRunner:
             )
             logits = output.logits[0]
             if not self._selects_rows and not everything:
-                logits = logits[torch.tensor(kept, device=logits.device)]
+                logits = logits[torch.tensor(kept, dtype=torch.long, device=logits.device)]
             hidden = {layer: output.hidden_states[layer][0] for layer in want.hidden_states}
         self._trees = dict(trees)
         results: dict[int, RowResults] = {}
@@ -136,8 +151,13 @@ class HFRunner:
 
     def close(self) -> None:
         """Switch the model back to the attention it came with and drop the cache."""
-        admission._switch_attention(self.model, self._original_attention)
+        self._closed = True
+        self._restore_attention()
         self.cache.clear()
+
+    def _restore_attention(self) -> None:
+        if not self._own_attention:
+            admission.switch_attention(self.model, self._original_attention)
 
     def _inputs(self, trees: Mapping[int, TokenTree]) -> dict[str, Any]:
         tokens = [max(token, 0) for tree in trees.values() for token in tree.tokens]

@@ -1,7 +1,8 @@
 """The runner protocol: one forward pass over the token trees of several sequences, whatever body runs it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -9,7 +10,14 @@ from torch import Tensor
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 
-__all__ = ["NEXT_TOKENS", "Outputs", "RowResults", "Runner", "StepResult"]
+__all__ = [
+    "NEXT_TOKENS",
+    "Outputs",
+    "RowResults",
+    "Runner",
+    "StepResult",
+    "free_slot",
+]
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,10 @@ class Runner(Protocol):
     def max_positions(self) -> int | None:
         """The most positions the model can be right on; None where nothing limits them."""
 
+    @property
+    def slots(self) -> Collection[int]:
+        """The slots that are open."""
+
     def open(self, slot: int, sampling: SamplingOptions, prompt: Sequence[int] = ()) -> int:
         """Open a slot; return how many of the prompt's first tokens are cached already (a reused prefix)."""
 
@@ -101,3 +113,8 @@ class Runner(Protocol):
 
     def clear(self) -> None:
         """Drop what is kept of released slots for prompts that would continue them."""
+
+
+def free_slot(runner: Runner) -> int:
+    """The lowest slot number that is not open: several streams may share one runner."""
+    return next(slot for slot in count() if slot not in runner.slots)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from shoestring.decoding.drafters.protocol import Context, Draft, StepObservation
-from shoestring.engine.runner import Runner
+from shoestring.engine.runner import Outputs, Runner, free_slot
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 
@@ -18,39 +18,39 @@ class DraftModelDrafter:
 
     Args:
         runner: the draft model's runner; each drafter opens a slot of its own in it.
-        slot: that slot.
         tokens: how many tokens to draft per step.
         sampling: the target's sampling options.
     """
 
     name = "draft model"
 
-    def __init__(self, runner: Runner, slot: int, tokens: int, sampling: SamplingOptions) -> None:
-        self._runner, self._slot, self._tokens, self._sampling = runner, slot, tokens, sampling
-        self._open = False
+    def __init__(self, runner: Runner, tokens: int, sampling: SamplingOptions) -> None:
+        self._runner, self._tokens, self._sampling = runner, tokens, sampling
+        self._slot: int | None = None
         self._cached: list[int] = []
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Open the draft model's slot on the prompt."""
         self.close()
+        self._slot = free_slot(self._runner)
         reused = self._runner.open(self._slot, self._sampling, prompt)
         self._cached = list(prompt[:reused])
-        self._open = True
 
     def propose(self, context: Context, budget: int) -> Draft:
         """A chain of the draft model's tokens."""
-        tokens = context.tokens
+        slot, tokens = self._slot, context.tokens
         limit = self._runner.max_positions
         count = min(self._tokens, budget, (limit or 1 << 62) - len(tokens))
         draft: list[int] = []
-        if count <= 0:
+        if slot is None or count <= 0:
             return Draft()
-        self._roll_back(tokens)
+        self._roll_back(slot, tokens)
         pending = tokens[len(self._cached) :]
         while len(draft) < count:
             tree = TokenTree.chain(pending)
-            token = self._runner.step({self._slot: tree})[self._slot].next_token(len(tree) - 1)
-            self._runner.commit({self._slot: range(len(tree))})
+            last = len(tree) - 1
+            token = self._runner.step({slot: tree}, Outputs({slot: [last]}))[slot].next_token(last)
+            self._runner.commit({slot: range(len(tree))})
             self._cached.extend(pending)
             draft.append(token)
             pending = [token]
@@ -61,15 +61,15 @@ class DraftModelDrafter:
 
     def close(self) -> None:
         """Release the slot."""
-        if self._open:
+        if self._slot is not None:
             self._runner.release(self._slot)
-            self._open = False
+            self._slot = None
 
-    def _roll_back(self, tokens: list[int]) -> None:
+    def _roll_back(self, slot: int, tokens: list[int]) -> None:
         """Reopen the slot where its cache parts from the accepted tokens."""
         agreed = 0
         while agreed < min(len(self._cached), len(tokens) - 1) and self._cached[agreed] == tokens[agreed]:
             agreed += 1
         if agreed < len(self._cached):
-            self._runner.rewind(self._slot, agreed)
+            self._runner.rewind(slot, agreed)
             del self._cached[agreed:]

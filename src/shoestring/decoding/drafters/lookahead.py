@@ -59,19 +59,20 @@ class LookaheadDrafter:
     ) -> None:
         self._columns, self._levels, self._guesses = window, ngram - 1, guesses
         self._prompt_pool, self._keep_window = prompt_pool, keep_window
-        self._random = random.Random(seed)
+        self._seed = seed
         self._pool = NgramPool(guesses)
         self._window: list[list[int]] = []
         self._nodes: list[list[int]] = []
+        self._draft = Draft()
         self._pooled = 0
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Draw the first window at random from the prompt."""
         self._pool = NgramPool(self._guesses)
         self._pooled = 0
-        source = list(prompt) or [0]
+        source, chance = list(prompt) or [0], random.Random(self._seed)
         # Level 0's column 0 is the last accepted token itself, put in by `propose`.
-        self._window = [self._random.choices(source, k=self._columns) for _ in range(self._levels)]
+        self._window = [chance.choices(source, k=self._columns) for _ in range(self._levels)]
 
     def propose(self, context: Context, budget: int) -> Draft:
         """The pool's continuations of the last token, and the window (always whole: `budget` is its setting's)."""
@@ -90,7 +91,7 @@ class LookaheadDrafter:
             nodes.append(
                 [draft.add(token, above) for token, above in zip(window[level], nodes[-1], strict=True)]
             )
-        self._nodes = nodes
+        self._nodes, self._draft = nodes, draft
         draft.owners = {node: ["pool" if node < guesses else "window"] for node in range(len(draft))}
         if not self._keep_window:
             draft.wanted = set(range(guesses)) | {node for node in nodes[-1] if node != ROOT}
@@ -98,10 +99,9 @@ class LookaheadDrafter:
 
     def observe(self, step: StepObservation) -> None:
         """Add the window's n-grams to the pool and move the window on by one position."""
+        if step.draft is not self._draft:
+            return  # clipped: the context's end is near, and the window no longer fits
         window = self._window
-        clipped = len(step.draft) and step.draft.owners == {}
-        if clipped or (self._nodes and not all(node == ROOT or step.has(node) for node in self._nodes[-1])):
-            return  # the context's end is near: the window no longer fits
         new = [step.argmax(node) for node in self._nodes[-1]]
         for column in range(self._columns):
             grams = [window[level][column] for level in range(1, self._levels)]

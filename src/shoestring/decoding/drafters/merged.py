@@ -12,6 +12,7 @@ from shoestring.decoding.drafters.ngram import SuffixIndex
 from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
 from shoestring.decoding.drafters.recycle import SuccessorTable
 from shoestring.decoding.tune import StepCost
+from shoestring.errors import RequestError
 
 __all__ = ["AcceptanceRates", "MergedDrafter"]
 
@@ -52,8 +53,8 @@ class MergedDrafter:
     """Suffix matches and recycled top-k successors in one trie under a row budget.
 
     Args:
-        cost: the measured cost of a step by its rows; decides how many rows earn their place.
-        budget: the most rows beside the last token's; None leaves it to `cost`.
+        cost: the measured cost of a step by its rows; decides how many rows earn their place. None: `budget` does.
+        budget: the rows beside the last token's, whatever they cost; None leaves it to `cost`.
         top_k: successors remembered per token.
         rates: acceptance rates to start from (shared by the sequences of a request, so that all learn).
     """
@@ -62,11 +63,13 @@ class MergedDrafter:
 
     def __init__(
         self,
-        cost: StepCost,
+        cost: StepCost | None,
         budget: int | None = None,
         top_k: int = 8,
         rates: AcceptanceRates | None = None,
     ) -> None:
+        if cost is None and budget is None:
+            raise RequestError("the merged drafter needs a budget or the measured cost of a step")
         self._cost, self._budget, self._top_k = cost, budget, top_k
         self._rates = rates or AcceptanceRates()
         self._index = SuffixIndex(4)
@@ -82,7 +85,11 @@ class MergedDrafter:
         """Grow the trie node by node in order of chance, then cut it where expected tokens/s is highest."""
         self._tokens = context.tokens
         self._index.extend(context.tokens)
-        most = min(budget, self._cost.most_rows // context.batch - 1, self._budget or budget)
+        # A budget of the user's is obeyed; the measured cost only reaches as far as it was measured.
+        cost = self._cost if self._budget is None else None
+        most = min(budget, self._budget or budget)
+        if cost is not None:
+            most = min(most, cost.most_rows // context.batch - 1)
         draft = Draft(top_k=self._top_k)
         if most <= 0:
             return draft
@@ -106,7 +113,7 @@ class MergedDrafter:
             if -negative < 0.01:
                 break
             offer(node, -negative, tail)
-        rows = self._cost.best_rows(chances, context.batch) if self._budget is None else len(chances)
+        rows = len(chances) if cost is None else cost.best_rows(chances, context.batch)
         return _first_nodes(draft, rows)
 
     def observe(self, step: StepObservation) -> None:

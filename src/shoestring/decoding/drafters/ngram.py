@@ -74,6 +74,6 @@ class NgramDrafter:
             if len(step.accepted) >= self._depth:
                 self._depth = min(self._tokens, self._depth * 2)
             elif not step.accepted:
-                self._depth = max(2, self._depth // 2)
+                self._depth = min(self._tokens, max(2, self._depth // 2))
             else:
                 self._depth = min(self._tokens, max(self._depth, 2 * len(step.accepted)))

@@ -102,6 +102,8 @@ class Draft:
                 numbers[node] = clipped.add(token, numbers[parent])
             if self.wanted is not None and clipped.wanted is not None and node in self.wanted:
                 clipped.wanted.add(numbers[node])
+            if node in self.owners:
+                clipped.owners[numbers[node]] = self.owners[node]
         return clipped
 
     def __len__(self) -> int:
@@ -146,7 +148,7 @@ class Drafter(Protocol):
     """One per sequence: state must not leak between requests.
 
     `propose` may return a `Draft` or plain lists of tokens. A draft that is clipped at the context limit is
-    observed as clipped (`step.draft`).
+    observed as clipped (`step.draft` is then another object than was proposed).
     """
 
     def begin(self, prompt: Sequence[int]) -> None:
