@@ -31,6 +31,8 @@ def main() -> None:
     arguments.add_argument("--rows", type=Path, required=True)
     arguments.add_argument("--shard", default="0/1", help="I/N: do every Nth prompt from I on")
     arguments.add_argument("--prompts", type=int, default=40)
+    arguments.add_argument("--kinds", nargs="*", default=["greedy", "sampled"])
+    arguments.add_argument("--only-merge", action="store_true", help="measure nothing more")
     arguments.add_argument("--merge", type=Path, nargs="*", default=[], help="rows of other shards")
     options = arguments.parse_args()
 
@@ -40,11 +42,13 @@ def main() -> None:
     rows = ResumableRows(options.rows)
     for path in options.merge:
         rows.rows.update(ResumableRows(path).rows)
-    jobs = {f"greedy-{index}": (index, 0.0, 0, 128) for index in range(options.prompts)}
-    for index in range(8):
+    jobs: dict[str, tuple[int, float, int, int]] = {}
+    if "greedy" in options.kinds:
+        jobs |= {f"greedy-{index}": (index, 0.0, 0, 128) for index in range(options.prompts)}
+    for index in range(8) if "sampled" in options.kinds else ():
         for seed in range(3):
             jobs[f"sampled-{index}-{seed}"] = (index * options.prompts // 8, 0.8, seed, 64)
-    mine = [key for key in list(jobs)[shard::shards] if key not in rows.rows]
+    mine = [key for key in list(jobs)[shard::shards] if key not in rows.rows and not options.only_merge]
     prompts = load_prompts("mt_bench", options.prompts)
     model = None
     for done, key in enumerate(mine):
@@ -53,12 +57,13 @@ def main() -> None:
         index, temperature, seed, tokens = jobs[key]
         rows.add(key, measure(model, prompts[index], temperature, seed, tokens))
         print(f"{key} ({done + 1} of {len(mine)})", flush=True)
-    if set(rows.rows) >= set(jobs):
+    if missing := set(jobs) - set(rows.rows):
+        print(f"{len(missing)} of {len(jobs)} texts are still to be measured")
+    else:
         result = summarise(rows, options)
         print(json.dumps(result))
         if options.output:
-            device = "cpu" if model is None else str(model.model.device)
-            write_result(options.output, result, device)
+            write_result(options.output, result, options.device)
 
 
 def measure(model: Any, prompt: str, temperature: float, seed: int, tokens: int) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def parting(model: Any, ids: list[int], plain: list[int], other: list[int], gree
 
 def summarise(rows: ResumableRows, options: Any) -> dict[str, Any]:
     summary: dict[str, Any] = {}
-    for kind in ("greedy", "sampled"):
+    for kind in options.kinds:
         totals: dict[str, dict[str, Any]] = defaultdict(
             lambda: {"texts": 0, "equal": 0, "tokens": 0, "steps": 0, "parted": []}
         )

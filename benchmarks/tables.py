@@ -36,7 +36,7 @@ def exactness() -> str:
     for name, result in load_results("exactness"):
         rows = []
         for kind in ("greedy", "sampled"):
-            for strategy, total in result[kind].items():
+            for strategy, total in result.get(kind, {}).items():
                 parted = total["parted"]
                 if result["dtype"] == "float32":
                     gaps = [row["gap"] for row in parted if row["gap"] is not None]
