@@ -109,6 +109,22 @@ def test_while_the_runner_holds_it_the_model_computes_as_it_did(name):
     runner.close()
 
 
+@pytest.mark.skipif(not ADMITTED["gemma2"].exists, reason="not in this version of transformers")
+def test_soft_caps_are_kept_though_the_model_came_with_an_attention_that_drops_them():
+    model = ADMITTED["gemma2"].build()
+    if model.config._attn_implementation != "sdpa":
+        pytest.skip("this version of transformers no longer takes SDPA for it")
+    runner = HFRunner(model)
+    tokens = prompt_of(9)
+    runner.open(0, SamplingOptions())
+    rows = runner.step({0: TokenTree.chain(tokens)}, Outputs(logits=True))[0]
+    with torch.no_grad():
+        expected = plain_model("gemma2")(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(rows.logits(8), expected[8], atol=1e-4, rtol=1e-4)
+    runner.close()
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_closing_gives_the_attention_back_and_ends_decoding():
     model = ADMITTED["llama"].build()
     before = model.config._attn_implementation
