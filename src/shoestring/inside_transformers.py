@@ -41,7 +41,8 @@ def custom_generate(
         model.generate(**inputs, max_new_tokens=100, custom_generate=shoestring.custom_generate, decoding="auto")
 
     Sampling draws our noise, seeded from torch's generator (`torch.manual_seed`). `input_ids` are [B, T], left-padded
-    under `attention_mask`; returned are [B, T + new], right-padded.
+    under `attention_mask`; returned are [B, T + new], right-padded. For stop strings pass a `StopStringCriteria`:
+    transformers loses the tokenizer that `stop_strings=` needs.
 
     Raises:
         RequestError: beams, constraints, or a logits processor that a decoding step over a tree cannot honour.

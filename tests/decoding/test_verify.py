@@ -53,3 +53,4 @@ def test_a_row_without_outputs_is_not_walked_through():
     tree = TokenTree.chain([5, 6, 7])
     assert verify(tree, Rows([6, 7, 8])) == ([0, 1, 2], [6, 7, 8])
     assert verify(tree, Rows([6, 7, 8], wanted={0, 2})) == ([0], [6])
+    assert verify(tree, Rows([6, 7, 8]), read_only={2}) == ([0, 1], [6, 7])

@@ -161,7 +161,8 @@ def _step(runner: Runner, active: list[_Sequence]) -> list[tuple[_Sequence, list
             paths[slot] = list(range(len(trees[slot])))
             del sequence.pending[: len(trees[slot])]
             continue
-        path, emitted = verify(trees[slot], results[slot], first)
+        read_only = {first + 1 + node for node in sequence.draft.read_only}
+        path, emitted = verify(trees[slot], results[slot], first, read_only)
         emissions = _emit(runner, sequence, results[slot], path, emitted, first)
         kept = len(emissions)
         paths[slot] = [*range(first), *path[:kept]]

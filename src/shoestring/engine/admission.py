@@ -119,7 +119,8 @@ def max_positions(model: torch.nn.Module) -> int | None:
 def probe(model: torch.nn.Module, attention: str) -> dict[tuple[int, str], PlaneShape]:
     """Compare a branching tree with plain passes; return the layers' cache shapes.
 
-    `attention` is the implementation that the plain passes use. The model is left on tree attention.
+    `attention` is the implementation that the plain passes use (eager, where scores are soft-capped).
+    The model is left on tree attention.
 
     Raises:
         UnsupportedModelError: the attention could not be switched, or the tree gives other logits.
@@ -132,7 +133,9 @@ def probe(model: torch.nn.Module, attention: str) -> dict[tuple[int, str], Plane
     tree = TokenTree(rows, _PROBE_PARENTS)
     own_attention = computes_own_attention(model)
     if not own_attention:
-        switch_attention(model, attention)
+        # SDPA leaves soft caps out, and older transformers take it by default all the same.
+        capped = getattr(text_config(model), "attn_logit_softcapping", None) is not None
+        switch_attention(model, "eager" if capped else attention)
     leaves = [row for row in range(len(tree)) if not tree.children[row]]
     plain = []
     for leaf in leaves:

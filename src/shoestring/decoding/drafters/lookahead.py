@@ -94,7 +94,8 @@ class LookaheadDrafter:
         self._nodes, self._draft = nodes, draft
         draft.owners = {node: ["pool" if node < guesses else "window"] for node in range(len(draft))}
         if not self._keep_window:
-            draft.wanted = set(range(guesses)) | {node for node in nodes[-1] if node != ROOT}
+            draft.read_only = {node for node in nodes[-1] if node >= guesses}
+            draft.wanted = set(range(guesses)) | draft.read_only
         return draft
 
     def observe(self, step: StepObservation) -> None:

@@ -35,13 +35,15 @@ class Draft:
     """A trie below the last accepted token: siblings are unique, so equal branches share their rows.
 
     `tokens[i]` follows node `parents[i]` (`ROOT` or an earlier node). `wanted` are the nodes whose next token is
-    computed, None for all; only those can be walked through. `top_k` asks for that many likeliest tokens per row.
+    computed, None for all; only those can be accepted, and not those in `read_only`, which only `observe` reads.
+    `top_k` asks for that many likeliest tokens per row.
     """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     embeddings: dict[int, Tensor] = field(default_factory=dict)
     wanted: set[int] | None = None
+    read_only: set[int] = field(default_factory=set)
     top_k: int = 0
     owners: dict[int, list[str]] = field(default_factory=dict)
     _children: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
@@ -102,6 +104,8 @@ class Draft:
                 numbers[node] = clipped.add(token, numbers[parent])
             if self.wanted is not None and clipped.wanted is not None and node in self.wanted:
                 clipped.wanted.add(numbers[node])
+            if node in self.read_only:
+                clipped.read_only.add(numbers[node])
             if node in self.owners:
                 clipped.owners[numbers[node]] = self.owners[node]
         return clipped

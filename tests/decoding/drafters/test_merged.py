@@ -1,0 +1,99 @@
+import pytest
+from comparing import FLAT_COST, generate, plain_model, prompt_of, request, run, runner_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoestring.decoding.decode import decode
+from shoestring.decoding.drafters.merged import AcceptanceRates, MergedDrafter
+from shoestring.decoding.drafters.protocol import Context
+from shoestring.decoding.tune import StepCost
+from shoestring.errors import RequestError
+
+DEAR = StepCost((1, 2, 4, 128), (1.0, 5.0, 20.0, 640.0))
+TEXT = [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 9, 9, 1, 2, 3, 4]
+
+
+def propose(drafter, tokens, budget=1024, batch=1):
+    return drafter.propose(Context(list(tokens), 1, batch), budget)
+
+
+def test_rates_begin_at_a_prior_and_follow_what_is_seen():
+    rates = AcceptanceRates()
+    assert rates.rate(("ngram", 4, 0)) > rates.rate(("ngram", 1, 0)) > rates.rate(("ngram", 1, 1)) > 0
+    for _ in range(500):
+        rates.observe(("ngram", 1, 0), True)
+        rates.observe(("ngram", 4, 0), False)
+    assert rates.rate(("ngram", 1, 0)) > 0.9
+    assert rates.rate(("ngram", 4, 0)) < 0.05
+    for _ in range(1500):
+        rates.observe(("ngram", 1, 0), False)
+    assert rates.rate(("ngram", 1, 0)) < 0.05, "old news must fade"
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 20), st.integers(1, 4))
+def test_the_draft_is_a_trie_within_the_budget(tokens, budget, batch):
+    drafter = MergedDrafter(FLAT_COST)
+    drafter.begin(tokens)
+    draft = propose(drafter, tokens, budget, batch)
+    assert len(draft) <= budget
+    assert len(set(zip(draft.parents, draft.tokens, strict=True))) == len(draft)
+    assert all(parent < node for node, parent in enumerate(draft.parents))
+    assert set(draft.owners) == set(range(len(draft)))
+
+
+@pytest.mark.parametrize(("budget", "batch"), [(1, 1), (5, 1), (5, 4), (200, 1), (200, 2)])
+def test_a_budget_of_the_users_is_obeyed_whatever_rows_cost(budget, batch):
+    # Long enough a text with enough repeats that far more than 128 rows could be drafted.
+    text = [token for i in range(60) for token in (1, i % 8, i % 5, i % 3)]
+    drafter = MergedDrafter(None, budget)
+    drafter.begin(text)
+    rates = drafter._rates
+    for length in range(1, 5):
+        for rank in range(8):
+            for _ in range(40):
+                rates.observe(("ngram", length, rank), True)
+    assert len(propose(drafter, text, budget=1024 // batch, batch=batch)) == budget
+
+
+def test_without_a_budget_dear_rows_are_not_drafted():
+    cheap, dear = MergedDrafter(FLAT_COST), MergedDrafter(DEAR)
+    assert len(propose(cheap, TEXT)) >= 3
+    assert len(propose(dear, TEXT)) == 0
+
+
+def test_a_batch_shares_the_rows_that_were_measured():
+    small = MergedDrafter(StepCost((1, 8), (1.0, 1.0)))
+    assert len(propose(small, TEXT, batch=1)) <= 7
+    assert len(propose(small, TEXT, batch=4)) <= 1
+    assert len(propose(small, TEXT, batch=8)) == 0
+
+
+def test_neither_cost_nor_budget_is_an_error():
+    with pytest.raises(RequestError, match="needs a budget or the measured cost"):
+        MergedDrafter(None)
+
+
+def test_longest_matches_come_first_and_recycled_successors_fill_up():
+    prompt = prompt_of(24)
+    answer = generate(plain_model("llama"), prompt, 24)
+    drafter = MergedDrafter(FLAT_COST, budget=12)
+    emissions = list(decode(runner_of("llama"), [request(prompt, drafter, most=24)]))
+    assert [emission.token for emission in emissions] == answer
+    drafted = {}
+    for emission in emissions:
+        for source, (rows, _) in (emission.draft or {}).items():
+            drafted[source] = drafted.get(source, 0) + rows
+    assert set(drafted) == {"ngram", "recycle"}
+    first = emissions[0].draft
+    assert set(first) <= {"ngram"}, "nothing is known to recycle yet"
+
+
+def test_a_drafter_used_again_knows_nothing_of_the_last_text_but_the_rates():
+    def steps(drafter):
+        emissions = decode(runner_of("llama"), [request(prompt_of(30), drafter, most=14)])
+        return [(emission.token, emission.step, emission.draft) for emission in emissions]
+
+    used = MergedDrafter(FLAT_COST, budget=8)
+    run(runner_of("llama"), [request(prompt_of(30, seed=5), used, most=14)])
+    used._rates = AcceptanceRates()
+    assert steps(used) == steps(MergedDrafter(FLAT_COST, budget=8))
