@@ -225,7 +225,9 @@ def test_stream_pieces_joined_are_the_generated_text(model, repetitive):
     pieces = list(model.stream(repetitive, **options))
     assert "".join(piece.text for piece in pieces) == result.text
     assert [piece.token_id for piece in pieces] == result.token_ids
-    assert [piece.finish_reason for piece in pieces] == [None] * 19 + ["length"]
+    assert [piece.generation is None for piece in pieces] == [True] * 19 + [False]
+    assert pieces[-1].generation.token_ids == result.token_ids
+    assert pieces[-1].generation.finish_reason == "length"
     assert pieces[-1].step == result.steps - 1
     assert sum(not piece.drafted for piece in pieces) == result.steps
     assert {piece.index for piece in model.stream([GENTLE, "Hello"], max_new_tokens=2, decoding="ngram")} == {
