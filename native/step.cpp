@@ -75,7 +75,8 @@ class Step : public Job {
  public:
   Step(std::shared_ptr<Model> model, StepInput input);
   void work(int thread) override;
-  StepOutput output();
+  // Copies: a late worker may still be looking at what the phases were.
+  StepOutput output() const;
 
  private:
   struct Product {
@@ -303,7 +304,7 @@ void Step::work(int thread) {
       if (index + 1 < layers) keep_hidden(index + 1, begin, end);
     });
   }
-  if (!hidden_.empty()) {
+  if (!in_.hidden_layers.empty()) {
     walk.phase(T, 1, [&](int64_t begin, int64_t end) { keep_hidden(layers, begin, end); });
   }
   run_head(walk, thread);
@@ -600,7 +601,7 @@ void Step::run_head(Walk& walk, int thread) {
   });
 }
 
-StepOutput Step::output() {
+StepOutput Step::output() const {
   StepOutput out;
   for (int w = 0; w < W_; ++w) {
     Best best = best_[static_cast<size_t>(w)];
@@ -614,9 +615,9 @@ StepOutput Step::output() {
     }
     out.best.push_back(best.finite ? best.token : -1);
   }
-  out.top_k = std::move(top_k_);
+  out.top_k = top_k_;
   if (in_.keep_logits) out.logits = m.logits;
-  out.hidden = std::move(hidden_);
+  out.hidden = hidden_;
   return out;
 }
 
