@@ -129,7 +129,9 @@ class NativeRunner:
                 raise RequestError(f"the step reaches position {deepest} of a model with {limit}")
             self.cache.reserve(slot, len(tree))
         rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
-        firsts = dict(zip(trees, np.cumsum([0, *(len(tree) for tree in trees.values())]).tolist(), strict=False))
+        firsts = dict(
+            zip(trees, np.cumsum([0, *(len(tree) for tree in trees.values())]).tolist(), strict=False)
+        )
         wanted = [firsts[slot] + row for slot in trees for row in rows[slot]]
         keep_logits = want.logits or any(self._needs_logits(slot, tree) for slot, tree in trees.items())
         best, top, logits, hidden = self._model.step(
@@ -146,7 +148,9 @@ class NativeRunner:
         )
         self._trees = dict(trees)
         all_logits = None if logits is None else torch.from_numpy(logits)
-        states = {layer: torch.from_numpy(array) for layer, array in zip(want.hidden_states, hidden, strict=True)}
+        states = {
+            layer: torch.from_numpy(array) for layer, array in zip(want.hidden_states, hidden, strict=True)
+        }
         width = min(want.top_k, self.vocab_size)
         results: dict[int, RowResults] = {}
         first = 0

@@ -105,7 +105,13 @@ def why_not(config: Any) -> str | None:
     if dim % 8 or not 8 <= dim <= 512:
         return f"the native step's heads are multiples of 8 wide, at most 512, not {dim}"
     for parameters in _rope_parameters(config):
-        if parameters.get("rope_type", "default") not in {"default", "linear", "llama3", "yarn", "proportional"}:
+        if parameters.get("rope_type", "default") not in {
+            "default",
+            "linear",
+            "llama3",
+            "yarn",
+            "proportional",
+        }:
             return f"the native step has no rotary scaling {parameters['rope_type']!r}"
         if parameters.get("partial_rotary_factor", 1.0) not in (None, 1.0):
             return "the native step rotates all of a head, not a part"
@@ -177,7 +183,9 @@ def tensors_of(model: torch.nn.Module) -> dict[str, NativeMatrix]:
     return tensors
 
 
-def as_native(config: NativeConfig, tensors: Mapping[str, NativeMatrix]) -> tuple[dict[str, Any], dict[str, Any]]:
+def as_native(
+    config: NativeConfig, tensors: Mapping[str, NativeMatrix]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two dictionaries that the native model is made from."""
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "max_positions"}
     fields["ropes"] = [
