@@ -13,6 +13,7 @@ std::vector<std::string> cpu_features() {
   SHOESTRING_FEATURE("avx512f", "avx512f");
   SHOESTRING_FEATURE("avx512bw", "avx512bw");
   SHOESTRING_FEATURE("avx512vl", "avx512vl");
+  SHOESTRING_FEATURE("avx512dq", "avx512dq");
   SHOESTRING_FEATURE("avx512vnni", "avx512_vnni");
 #if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 11)
   SHOESTRING_FEATURE("avx512bf16", "avx512_bf16");

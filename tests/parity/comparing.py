@@ -88,7 +88,7 @@ def _runner(name: str) -> HFRunner:
 def runner_of(name: str) -> HFRunner:
     """The architecture's runner with nothing cached."""
     runner = _runner(name)
-    assert not runner.cache._live, "a test left a slot open"
+    assert not runner.cache.live, "a test left a slot open"
     runner.cache.clear()
     return runner
 

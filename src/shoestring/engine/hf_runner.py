@@ -1,18 +1,17 @@
 """Any Hugging Face causal language model as a runner, on any device: the plain twin of all faster bodies."""
 
-import functools
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from shoestring.engine import admission
 from shoestring.engine.attention import StepLayout, active_step, additive_mask, register_attention
 from shoestring.engine.kvcache import KVCache
+from shoestring.engine.results import SlotResults
 from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
-from shoestring.engine.sampling import SamplingOptions, next_token
+from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
 
@@ -116,9 +115,9 @@ class HFRunner:
         first = 0
         for segment in layout.segments:
             slot, count = segment.slot, len(rows[segment.slot])
-            results[slot] = _SlotResults(
+            results[slot] = SlotResults(
                 trees[slot],
-                {row: index for index, row in enumerate(rows[slot])},
+                rows[slot],
                 logits[first : first + count],
                 {layer: states[segment.first_row :] for layer, states in hidden.items()},
                 self._sampling[slot],
@@ -172,75 +171,3 @@ class HFRunner:
                     embeddings[0, first + row] = vector.to(embeddings)
                 first += len(tree)
         return {"inputs_embeds": embeddings}
-
-
-class _SlotResults:
-    """Lazy on purpose: on a CPU a row's next token is computed only where the walk comes by."""
-
-    def __init__(
-        self,
-        tree: TokenTree,
-        index: dict[int, int],
-        logits: Tensor,
-        hidden: dict[int, Tensor],
-        sampling: SamplingOptions,
-        cached: int,
-        tokens: Sequence[int],
-        top_k: int,
-    ) -> None:
-        self._tree, self._index, self._logits, self._hidden = tree, index, logits, hidden
-        self._sampling, self._cached, self._tokens, self._top_k = sampling, cached, tokens, top_k
-        self._next: dict[int, int] = {}
-
-    def has(self, row: int) -> bool:
-        return row in self._index
-
-    def next_token(self, row: int) -> int:
-        if row not in self._next:
-            sampling = self._sampling
-            allowed = self._tree.allowed.get(row) if self._tree.allowed else None
-            if sampling.greedy and allowed is None and sampling.repetition_penalty == 1:
-                self._next[row] = self.argmax(row)
-            else:
-                seen: Sequence[int] = ()
-                if sampling.repetition_penalty != 1:
-                    path = [self._tree.tokens[ancestor] for ancestor in self._tree.path(row)]
-                    seen = [*self._tokens[: self._cached], *(token for token in path if token >= 0)]
-                self._next[row] = next_token(
-                    self._logits[self._index[row]],
-                    sampling,
-                    self._cached + self._tree.depths[row] + 1,
-                    seen,
-                    allowed,
-                )
-        return self._next[row]
-
-    def argmax(self, row: int) -> int:
-        return self._argmaxes[self._index[row]]
-
-    def top_k(self, row: int) -> list[int]:
-        return self._top[self._index[row]]
-
-    def logits(self, row: int) -> Tensor:
-        return self._logits[self._index[row]]
-
-    def log_probability(self, row: int, token: int) -> float:
-        return float(self._logits[self._index[row]].float().log_softmax(-1)[token])
-
-    def hidden_state(self, row: int, layer: int) -> Tensor:
-        return self._hidden[layer][row]
-
-    @functools.cached_property
-    def _argmaxes(self) -> list[int]:
-        values, indices = self._logits.max(dim=-1)
-        if not bool(torch.isfinite(values).all()):
-            raise RequestError("the model's logits are not finite numbers (try dtype='float32')")
-        result: list[int] = indices.tolist()
-        return result
-
-    @functools.cached_property
-    def _top(self) -> list[list[int]]:
-        if not self._top_k:
-            raise KeyError("the step was not asked for top_k")
-        result: list[list[int]] = self._logits.topk(self._top_k, dim=-1).indices.tolist()
-        return result

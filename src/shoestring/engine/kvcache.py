@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from shoestring.engine.attention import StepLayout, current_step
+from shoestring.engine.slots import Slots
 
 __all__ = ["KVCache", "LayerShapeRecorder", "PlaneShape"]
 
 _FIRST_CAPACITY = 256
-_RETAINED_SLOTS = 4
-_SHORTEST_SHARED_PREFIX = 16
 
 
 @dataclass(frozen=True)
@@ -97,58 +96,34 @@ class KVCache:
             counts[group] += 1
         self._groups = list(zip(shapes, counts, strict=True))
         self._limit = limit
-        self._live: dict[int, _Storage] = {}
-        self._released: list[_Storage] = []
-        self._clock = 0
+        self._slots = Slots(_Storage, self._copy_prefix)
 
     # Slots -----------------------------------------------------------------------------------------------
 
-    def open(self, slot: int, prompt: Sequence[int]) -> int:
-        """Give `slot` storage and return how many of `prompt`'s first tokens are already cached in it.
+    @property
+    def live(self) -> Mapping[int, Any]:
+        """The open slots."""
+        return self._slots.live
 
-        A released sequence that shares the longest prefix is taken over; a live one is copied from.
-        At least the prompt's last token is left to run.
-        """
-        if slot in self._live:
-            raise ValueError(f"slot {slot} is open already")
-        self._clock += 1
-        most = len(prompt) - 1
-        shared = [(min(_common_prefix(s.tokens, prompt), most), s) for s in self._released]
-        length, storage = max(shared, key=lambda pair: pair[0], default=(0, _Storage()))
-        if length < _SHORTEST_SHARED_PREFIX:
-            length = 0
-            storage = min(self._released, key=lambda s: s.last_used) if self._is_full() else _Storage()
-        live = [(min(_common_prefix(s.tokens, prompt), most), s) for s in self._live.values()]
-        longest, source = max(live, key=lambda pair: pair[0], default=(0, storage))
-        if storage in self._released:
-            self._released.remove(storage)
-        if longest >= _SHORTEST_SHARED_PREFIX and longest > length:
-            self._grow(storage, longest, keep=0)
-            for target, origin in zip(storage.arenas, source.arenas, strict=True):
-                target[:, :, :longest] = origin[:, :, :longest]
-            length, storage.tokens = longest, source.tokens[:longest]
-        del storage.tokens[length:]
-        storage.last_used = self._clock
-        self._live[slot] = storage
-        return length
+    def open(self, slot: int, prompt: Sequence[int]) -> int:
+        """Give `slot` storage and return how many of `prompt`'s first tokens are already cached in it."""
+        return self._slots.open(slot, prompt)
 
     def release(self, slot: int) -> None:
         """Close `slot`; its storage is retained for a later prompt that continues it."""
-        self._released.append(self._live.pop(slot))
-        while len(self._released) > _RETAINED_SLOTS:
-            self._released.remove(min(self._released, key=lambda s: s.last_used))
+        self._slots.release(slot)
 
     def tokens(self, slot: int) -> list[int]:
         """The tokens whose keys and values are cached, oldest first (not a copy)."""
-        return self._live[slot].tokens
+        return self._slots[slot].tokens
 
     def length(self, slot: int) -> int:
         """How many tokens are cached."""
-        return self._live[slot].length
+        return self._slots[slot].length
 
     def commit(self, slot: int, tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Keep these rows of the last step, in this order, as the next cached tokens; drop the rest."""
-        storage = self._live[slot]
+        storage = self._slots[slot]
         n, count = storage.length, len(rows)
         if list(rows) != list(range(count)):
             for arena in storage.arenas:
@@ -158,25 +133,26 @@ class KVCache:
 
     def rewind(self, slot: int, length: int) -> None:
         """Drop all tokens beyond the first `length`."""
-        del self._live[slot].tokens[length:]
+        del self._slots[slot].tokens[length:]
 
     @property
     def nbytes(self) -> int:
         """Bytes held by live and retained sequences."""
-        storages = [*self._live.values(), *self._released]
-        return sum(arena.nbytes for storage in storages for arena in storage.arenas)
+        return sum(arena.nbytes for storage in self._slots for arena in storage.arenas)
 
     def clear(self) -> None:
         """Drop all retained sequences."""
-        self._released.clear()
-
-    def _is_full(self) -> bool:
-        return len(self._released) >= _RETAINED_SLOTS
+        self._slots.clear()
 
     def reserve(self, slot: int, rows: int) -> None:
         """Make room for a step of `rows` rows."""
-        storage = self._live[slot]
+        storage = self._slots[slot]
         self._grow(storage, storage.length + rows, keep=storage.length)
+
+    def _copy_prefix(self, target: _Storage, source: _Storage, length: int) -> None:
+        self._grow(target, length, keep=0)
+        for arena, origin in zip(target.arenas, source.arenas, strict=True):
+            arena[:, :, :length] = origin[:, :, :length]
 
     def _grow(self, storage: _Storage, needed: int, keep: int) -> None:
         if needed <= storage.capacity:
@@ -209,7 +185,7 @@ class KVCache:
         group, plane = self._plane[layer_idx, kind]
         views = []
         for segment in step.segments:
-            arena = self._live[segment.slot].arenas[group][plane]
+            arena = self._slots[segment.slot].arenas[group][plane]
             arena[:, segment.cached : segment.cached + segment.rows] = states[
                 0, :, segment.first_row : segment.first_row + segment.rows
             ]
@@ -229,12 +205,3 @@ class KVCache:
         """All keys of the step: `(cached + new tokens over all slots, 0)`."""
         step = current_step()
         return (step.total_keys if step else query_length), 0
-
-
-def _common_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(cached, prompt, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
