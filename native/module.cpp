@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu_features.hpp"
+#include "quantized_bindings.hpp"
 
 namespace nb = nanobind;
 
@@ -11,4 +12,5 @@ NB_MODULE(_native, module) {
   module.doc() = "Native kernels of Shoestring.";
   module.def("cpu_features", &shoestring::cpu_features,
              "Vector instruction sets that this processor and its operating system let us use.");
+  shoestring::bind_quantized(module);
 }
