@@ -91,7 +91,7 @@ void prepare_portable(const float* x, int64_t cols, ActivationBlock* out) {
     }
     out->scale = used ? largest / 127.0f : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
     out->sum = out->scale * static_cast<float>(sums[0] + sums[1]);
-    out->bias_low = -128 * sums[0];
+    out->bias = -128 * (sums[0] + sums[1]);
     out->bias_high = -128 * sums[1];
   }
 }

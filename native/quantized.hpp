@@ -19,12 +19,12 @@ constexpr int kTileRows = 16;   // output rows that a tile of ours interleaves
 constexpr float kSmallestActivation = 1e-30f;
 
 // 32 activations, rounded symmetrically to int8. The biases undo the offset of weights stored as q + 128, which makes
-// them the unsigned side of the u8 x s8 dot instructions; in halves because q6_k has a scale per 16 weights.
+// them the unsigned side of the u8 x s8 dot instructions; one for the upper half because q6_k has a scale per 16.
 struct ActivationBlock {
   int8_t values[kBlockCols];
   float scale;
   float sum;          // scale * sum of values
-  int32_t bias_low;   // -128 * sum of values[0..16)
+  int32_t bias;       // -128 * sum of values
   int32_t bias_high;  // -128 * sum of values[16..32)
 };
 static_assert(sizeof(ActivationBlock) == 48, "prepared rows are arrays of these");

@@ -46,8 +46,11 @@ template <Scaling scaling>
 SHOESTRING_INLINE __m512 multiply_add(__m512 sum, const TileBlock& w, const ActivationBlock& x) {
   const bool biased = scaling != Scaling::minimum;
   // Two chains of four, for latency.
-  __m512i low = biased ? _mm512_set1_epi32(x.bias_low) : _mm512_setzero_si512();
-  __m512i high = biased ? _mm512_set1_epi32(x.bias_high) : _mm512_setzero_si512();
+  __m512i low = biased ? _mm512_set1_epi32(x.bias) : _mm512_setzero_si512(), high = _mm512_setzero_si512();
+  if (scaling == Scaling::halves) {
+    high = _mm512_set1_epi32(x.bias_high);
+    low = _mm512_sub_epi32(low, high);
+  }
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
     low = _mm512_dpbusd_epi32(low, w.u[k], broadcast_four(x.values + 4 * k));
@@ -70,13 +73,27 @@ SHOESTRING_INLINE void store_sums(float* y, __mmask16 rows, __m512 sums, bool ad
   _mm512_mask_storeu_ps(y, rows, sums);
 }
 
+// Weights to be read soon, fetched while the current ones are computed with: `step` bytes per block and pass.
+struct Ahead {
+  const uint8_t* p;
+  int64_t step;
+
+  SHOESTRING_INLINE void fetch() {
+    for (int64_t byte = 0; byte < step; byte += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(p + byte), _MM_HINT_T0);
+    }
+    p += step;
+  }
+};
+
 // y[n][0..16) (+)= N activation rows times `count` blocks of a tile. `Source` loads a block: kBytes, kScaling, load(p).
 template <class Source, int N>
 void multiply_tile(const uint8_t* tile, int64_t count, const uint8_t* x, size_t x_stride, float* y, int64_t y_stride,
-                   __mmask16 rows, bool add) {
+                   __mmask16 rows, bool add, Ahead ahead) {
   __m512 sums[N];
   for (int n = 0; n < N; ++n) sums[n] = _mm512_setzero_ps();
   for (int64_t b = 0; b < count; ++b, tile += Source::kBytes, x += sizeof(ActivationBlock)) {
+    ahead.fetch();
     const TileBlock w = Source::load(tile);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
@@ -90,14 +107,17 @@ void multiply_tile(const uint8_t* tile, int64_t count, const uint8_t* x, size_t 
 // The same for any number of activation rows.
 template <class Source>
 void multiply_tile_rows(const uint8_t* tile, int64_t count, const uint8_t* x, size_t x_stride, int T, float* y,
-                        int64_t y_stride, __mmask16 rows, bool add) {
-  using Multiply = void (*)(const uint8_t*, int64_t, const uint8_t*, size_t, float*, int64_t, __mmask16, bool);
+                        int64_t y_stride, __mmask16 rows, bool add, Ahead ahead) {
+  using Multiply =
+      void (*)(const uint8_t*, int64_t, const uint8_t*, size_t, float*, int64_t, __mmask16, bool, Ahead);
   static constexpr Multiply kMultiply[kMaxRows] = {
       multiply_tile<Source, 1>, multiply_tile<Source, 2>, multiply_tile<Source, 3>, multiply_tile<Source, 4>,
       multiply_tile<Source, 5>, multiply_tile<Source, 6>, multiply_tile<Source, 7>, multiply_tile<Source, 8>};
-  for (int t = 0; t < T; t += kMaxRows) {
+  const int64_t passes = (T + kMaxRows - 1) / kMaxRows;
+  ahead.step = (ahead.step + passes - 1) / passes;
+  for (int t = 0; t < T; t += kMaxRows, ahead.p += count * ahead.step) {
     const int n = T - t < kMaxRows ? T - t : kMaxRows;
-    kMultiply[n - 1](tile, count, x + t * x_stride, x_stride, y + t * y_stride, y_stride, rows, add);
+    kMultiply[n - 1](tile, count, x + t * x_stride, x_stride, y + t * y_stride, y_stride, rows, add, ahead);
   }
 }
 

@@ -265,13 +265,9 @@ SHOESTRING_INLINE void multiply_one(RowBytes rows, int64_t blocks, const uint8_t
   const auto* xb = reinterpret_cast<const ActivationBlock*>(x);
   __m512 sum = _mm512_setzero_ps();
   // The next sixteen rows follow these; read ahead of the many short streams that a prefetcher would have to track.
-  const uint8_t* ahead = rows.p + kTileRows * rows.stride;
+  Ahead ahead{rows.p + kTileRows * rows.stride, kTileRows * Format::kBytes};
   for (int64_t b = 0; b < blocks; b += kBlocks, rows = rows + Format::kBytes) {
-#pragma GCC unroll 64
-    for (int line = 0; line < kTileRows * Format::kBytes; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
-    }
-    ahead += kTileRows * Format::kBytes;
+    ahead.fetch();
     Decoder<Format>::decode(rows, [&](int j, const TileBlock& w) __attribute__((always_inline)) {
       sum = multiply_add<Decoder<Format>::kScaling>(sum, w, xb[b + j]);
     });
@@ -284,6 +280,7 @@ void multiply_many(RowBytes rows, int64_t blocks, const uint8_t* x, size_t x_str
                    __mmask16 mask) {
   constexpr int kBlocks = Format::kCols / kBlockCols;
   using Source = Decoded<Decoder<Format>::kScaling>;
+  const uint8_t* next = rows.p + kTileRows * rows.stride;  // the next sixteen rows, fetched during the products
   alignas(64) uint8_t decoded[kChunkBlocks * Source::kBytes];
   for (int64_t begin = 0; begin < blocks; begin += kChunkBlocks) {
     const int64_t count = blocks - begin < kChunkBlocks ? blocks - begin : kChunkBlocks;
@@ -292,8 +289,10 @@ void multiply_many(RowBytes rows, int64_t blocks, const uint8_t* x, size_t x_str
         Source::store(decoded + (b + j) * Source::kBytes, w);
       });
     }
+    const Ahead ahead{next, kTileRows * Format::kBytes / kBlocks};
+    next += count * ahead.step;
     multiply_tile_rows<Source>(decoded, count, x + begin * sizeof(ActivationBlock), x_stride, T, y, y_stride, mask,
-                               begin > 0);
+                               begin > 0, ahead);
   }
 }
 

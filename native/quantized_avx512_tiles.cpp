@@ -36,13 +36,17 @@ struct Int4Source {
   }
 };
 
+constexpr int kStreamAhead = 4096;
+
 template <class Source>
 void multiply(const Matrix& w, const uint8_t* x, size_t x_stride, int T, int64_t first, int64_t last, float* y,
               int64_t y_stride) {
   const int64_t blocks = w.cols / kBlockCols;
   for (int64_t row = first; row < last; row += kTileRows) {
     const uint8_t* tile = w.data + row / kTileRows * blocks * Source::kBytes;
-    multiply_tile_rows<Source>(tile, blocks, x, x_stride, T, y + row, y_stride, lanes(row, first, last), false);
+    // One pass streams: a little ahead suffices. Several passes compute meanwhile: they fetch the next tile.
+    const Ahead ahead{T <= kMaxRows ? tile + kStreamAhead : tile + blocks * Source::kBytes, Source::kBytes};
+    multiply_tile_rows<Source>(tile, blocks, x, x_stride, T, y + row, y_stride, lanes(row, first, last), false, ahead);
   }
 }
 
@@ -80,7 +84,7 @@ void prepare_avx512(const float* x, int64_t cols, ActivationBlock* out) {
     const int32_t low_sum = _mm512_reduce_add_epi32(low_values), high_sum = _mm512_reduce_add_epi32(high_values);
     out->scale = largest / 127.0f;
     out->sum = out->scale * static_cast<float>(low_sum + high_sum);
-    out->bias_low = -128 * low_sum;
+    out->bias = -128 * (low_sum + high_sum);
     out->bias_high = -128 * high_sum;
   }
 }
