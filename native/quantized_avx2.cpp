@@ -13,7 +13,86 @@ float horizontal_sum(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-struct Avx2 {
+__m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+__m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+__m256i bits(__m256i bytes, char mask) { return _mm256_and_si256(bytes, _mm256_set1_epi8(mask)); }
+
+void store(WeightBlock* out, __m256i q, float d, float m) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out->q), q);
+  set_scale(out, d, m);
+}
+
+// Low nibbles, then high ones.
+__m256i nibbles(__m128i pairs) {
+  return bits(_mm256_inserti128_si256(_mm256_castsi128_si256(pairs), _mm_srli_epi16(pairs, 4), 1), 15);
+}
+
+// The same formats as quantized_formats.hpp, in vectors.
+struct Avx2Decoder {
+  static void decode(Q8_0, const uint8_t* p, int, WeightBlock* out) { store(out, load32(p + 2), load_half(p), 0); }
+
+  static void decode(Q4_0, const uint8_t* p, int, WeightBlock* out) {
+    store(out, _mm256_sub_epi8(nibbles(load16(p + 2)), _mm256_set1_epi8(8)), load_half(p), 0);
+  }
+
+  static void decode(Q4_1, const uint8_t* p, int, WeightBlock* out) {
+    store(out, nibbles(load16(p + 4)), load_half(p), load_half(p + 2));
+  }
+
+  static void decode(Q4_K, const uint8_t* p, int, WeightBlock* out) {
+    const float d = load_half(p), dmin = load_half(p + 2);
+    for (int j = 0; j < 8; ++j) {
+      const __m256i pairs = load32(p + 16 + 32 * (j / 2));
+      store_k(out + j, bits(j % 2 ? _mm256_srli_epi16(pairs, 4) : pairs, 15), p + 4, j, d, dmin);
+    }
+  }
+
+  static void decode(Q5_K, const uint8_t* p, int, WeightBlock* out) {
+    const float d = load_half(p), dmin = load_half(p + 2);
+    const __m256i upper = load32(p + 16);
+    for (int j = 0; j < 8; ++j) {
+      const __m256i pairs = load32(p + 48 + 32 * (j / 2));
+      const __m256i fifth = _mm256_slli_epi16(bits(_mm256_srl_epi16(upper, _mm_cvtsi32_si128(j)), 1), 4);
+      const __m256i q = _mm256_or_si256(bits(j % 2 ? _mm256_srli_epi16(pairs, 4) : pairs, 15), fifth);
+      store_k(out + j, q, p + 4, j, d, dmin);
+    }
+  }
+
+  static void decode(Q6_K, const uint8_t* p, int, WeightBlock* out) {
+    const float d = load_half(p + 208);
+    for (int j = 0; j < 8; ++j) {
+      const __m256i pairs = load32(p + 64 * (j / 4) + 32 * (j % 2));
+      const __m256i lower = bits(j / 2 % 2 ? _mm256_srli_epi16(pairs, 4) : pairs, 15);
+      const __m256i upper = _mm256_srl_epi16(load32(p + 128 + 32 * (j / 4)), _mm_cvtsi32_si128(2 * (j % 4)));
+      const __m256i q = _mm256_or_si256(lower, _mm256_slli_epi16(bits(upper, 3), 4));
+      store(out + j, _mm256_sub_epi8(q, _mm256_set1_epi8(32)), 0, 0);
+      for (int half = 0; half < 2; ++half) {
+        out[j].d[half] = d * static_cast<float>(static_cast<int8_t>(p[192 + 2 * j + half]));
+      }
+    }
+  }
+
+  static void decode(Int8Tiles, const uint8_t* p, int row, WeightBlock* out) {
+    const __m256i offsets = _mm256_setr_epi32(0, 64, 128, 192, 256, 320, 384, 448);
+    const __m256i q = _mm256_i32gather_epi32(reinterpret_cast<const int*>(p + 4 * row), offsets, 1);
+    store(out, _mm256_xor_si256(q, _mm256_set1_epi8(-128)), load_half(p + 512 + 2 * row), 0);
+  }
+
+  static void decode(Int4Tiles, const uint8_t* p, int row, WeightBlock* out) {
+    const __m128i offsets = _mm_setr_epi32(0, 64, 128, 192);
+    const __m128i pairs = _mm_i32gather_epi32(reinterpret_cast<const int*>(p + 4 * row), offsets, 1);
+    store(out, nibbles(pairs), load_half(p + 256 + 2 * row), load_half(p + 288 + 2 * row));
+  }
+
+ private:
+  static void store_k(WeightBlock* out, __m256i q, const uint8_t* packed, int j, float d, float dmin) {
+    int scale, minimum;
+    k_scale_min(packed, j, &scale, &minimum);
+    store(out, q, d * static_cast<float>(scale), -(dmin * static_cast<float>(minimum)));
+  }
+};
+
+struct Avx2 : Avx2Decoder {
   using Sum = __m256;
   static Sum zero() { return _mm256_setzero_ps(); }
   static float total(Sum sum) { return horizontal_sum(sum); }

@@ -18,6 +18,48 @@ namespace {
 
 constexpr int kMaxRows = 8;  // activation rows that one pass over a tile's weights serves from registers
 
+// Bytes of 16 rows, `stride` apart.
+struct RowBytes {
+  const uint8_t* p;
+  int64_t stride;
+
+  SHOESTRING_INLINE RowBytes operator+(int64_t offset) const { return {p + offset, stride}; }
+
+  // A 32-bit word of each row: [16 rows]
+  SHOESTRING_INLINE __m512i words() const {
+    const __m512i rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_i32gather_epi32(_mm512_mullo_epi32(rows, _mm512_set1_epi32(static_cast<int>(stride))), p, 1);
+  }
+
+  // 16 bytes of rows r, r + 4, r + 8, r + 12.
+  SHOESTRING_INLINE __m512i four_rows(int r) const {
+    const uint8_t* row = p + r * stride;
+    __m512i four = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+    four = _mm512_inserti32x4(four, _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 4 * stride)), 1);
+    four = _mm512_inserti32x4(four, _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 8 * stride)), 2);
+    return _mm512_inserti32x4(four, _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 12 * stride)), 3);
+  }
+
+  // 16 bytes of each row: out[k] holds bytes 4k..4k+3 of all rows, in order.
+  SHOESTRING_INLINE void transpose16(__m512i* out) const {
+    const __m512i a = four_rows(0), b = four_rows(1), c = four_rows(2), d = four_rows(3);
+    const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+    out[0] = _mm512_unpacklo_epi64(ab_low, cd_low);
+    out[1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+    out[2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+    out[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+  }
+
+  SHOESTRING_INLINE void transpose32(__m512i* out) const {
+    transpose16(out);
+    (*this + 16).transpose16(out + 4);
+  }
+};
+
+SHOESTRING_INLINE __m512 low_halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
+SHOESTRING_INLINE __m512 high_halves(__m512i words) { return low_halves(_mm512_srli_epi32(words, 16)); }
+
 enum class Scaling {
   symmetric,  // w = d * (u - 128)
   minimum,    // w = d * u + e

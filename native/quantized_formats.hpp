@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "quantized.hpp"
 
 namespace shoestring {
@@ -37,7 +41,17 @@ inline float half_to_float(uint16_t half) {
   return result;
 }
 
-inline float load_half(const uint8_t* p) { return half_to_float(load_u16(p)); }
+inline float load_half(const uint8_t* p) {
+#if defined(__F16C__)
+  return _cvtsh_ss(load_u16(p));
+#elif defined(__aarch64__) && defined(__ARM_FP16_FORMAT_IEEE)
+  __fp16 half;
+  std::memcpy(&half, p, 2);
+  return static_cast<float>(half);
+#else
+  return half_to_float(load_u16(p));
+#endif
+}
 
 // 32 weights of one row: w = d * q + m, with a d for each half.
 struct WeightBlock {
@@ -153,7 +167,9 @@ struct Int8Tiles {  // q + 128 [8][16][4] | half scales[16]
   static constexpr int kCols = 32, kRows = kTileRows, kBytes = 544;
   static constexpr bool kMinimum = false, kHalves = false;
   static void decode(const uint8_t* p, int row, WeightBlock* out) {
-    for (int i = 0; i < 32; ++i) out->q[i] = static_cast<int8_t>(p[i / 4 * 64 + row * 4 + i % 4] - 128);
+    uint8_t bytes[32];
+    for (int k = 0; k < 8; ++k) std::memcpy(bytes + 4 * k, p + 64 * k + 4 * row, 4);
+    for (int i = 0; i < 32; ++i) out->q[i] = static_cast<int8_t>(bytes[i] ^ 128);
     set_scale(out, load_half(p + 512 + 2 * row), 0);
   }
 };
@@ -162,10 +178,11 @@ struct Int4Tiles {  // nibbles [4][16][4]: low ones are inputs 0..15, high ones 
   static constexpr int kCols = 32, kRows = kTileRows, kBytes = 320;
   static constexpr bool kMinimum = true, kHalves = false;
   static void decode(const uint8_t* p, int row, WeightBlock* out) {
+    uint8_t pairs[16];
+    for (int k = 0; k < 4; ++k) std::memcpy(pairs + 4 * k, p + 64 * k + 4 * row, 4);
     for (int i = 0; i < 16; ++i) {
-      const uint8_t pair = p[i / 4 * 64 + row * 4 + i % 4];
-      out->q[i] = static_cast<int8_t>(pair & 15);
-      out->q[16 + i] = static_cast<int8_t>(pair >> 4);
+      out->q[i] = static_cast<int8_t>(pairs[i] & 15);
+      out->q[16 + i] = static_cast<int8_t>(pairs[i] >> 4);
     }
     set_scale(out, load_half(p + 256 + 2 * row), load_half(p + 288 + 2 * row));
   }

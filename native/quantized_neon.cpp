@@ -12,6 +12,11 @@ struct Neon {
   static Sum zero() { return vdupq_n_f32(0); }
   static float total(Sum sum) { return vaddvq_f32(sum); }
 
+  template <class Format>
+  static void decode(Format, const uint8_t* p, int lane, WeightBlock* out) {
+    Format::decode(p, lane, out);
+  }
+
   static int32x4_t dot16(const int8_t* a, const int8_t* b) {
     const int8x16_t va = vld1q_s8(a), vb = vld1q_s8(b);
 #if defined(__ARM_FEATURE_DOTPROD)

@@ -4,6 +4,7 @@
 //   static Sum zero()
 //   static Sum multiply_add<kHalves>(Sum, const WeightBlock&, const ActivationBlock&)   without the minimum
 //   static float total(Sum)
+//   static void decode(Format, const uint8_t* p, int lane, WeightBlock* out)   as Format::decode, faster
 #pragma once
 
 #include "quantized_formats.hpp"
@@ -30,7 +31,7 @@ inline void multiply_rows(const Matrix& w, const uint8_t* x, size_t x_stride, in
     for (int r = 0; r < R; ++r) {
       const uint8_t* p = row_start<Format>(w, row + r) + begin / kBlocks * Format::kBytes;
       const int lane = static_cast<int>((row + r) % Format::kRows);
-      for (int b = 0; b < count; b += kBlocks, p += Format::kBytes) Format::decode(p, lane, &weights[r][b]);
+      for (int b = 0; b < count; b += kBlocks, p += Format::kBytes) Vectors::decode(Format{}, p, lane, &weights[r][b]);
     }
     for (int t = 0; t < T; ++t) {
       const auto* xt = reinterpret_cast<const ActivationBlock*>(x + t * x_stride) + begin;
