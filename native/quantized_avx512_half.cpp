@@ -1,4 +1,4 @@
-// AVX-512: f16 weights with f32 activations. One to three activation rows: four weight rows at once, along the inputs.
+// AVX-512: f16 weights with f32 activations. Up to six activation rows: four weight rows at once, along the inputs.
 // More: sixteen weight rows as lanes, a chunk of them widened and transposed in the first-level cache.
 #include "quantized_avx512.hpp"
 
@@ -6,7 +6,7 @@ namespace shoestring {
 namespace quantized {
 namespace {
 
-constexpr int kFewRows = 3;
+constexpr int kFewRows = 6;
 constexpr int kManyRows = 12;
 constexpr int kChunkCols = 256;  // sixteen rows of them take 16 KiB as fp32
 
@@ -23,7 +23,7 @@ void multiply_rows(const uint8_t* w, int64_t cols, const uint8_t* x, size_t x_st
     for (int r = 0; r < R; ++r) {
       weights[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, w + 2 * (r * cols + col)));
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int n = 0; n < N; ++n) {
       const __m512 xn = _mm512_maskz_loadu_ps(mask, reinterpret_cast<const float*>(x + n * x_stride) + col);
 #pragma GCC unroll 4
@@ -39,25 +39,29 @@ template <int R>
 void multiply_any(const uint8_t* w, int64_t cols, const uint8_t* x, size_t x_stride, int T, float* y,
                   int64_t y_stride) {
   using Multiply = void (*)(const uint8_t*, int64_t, const uint8_t*, size_t, float*, int64_t);
-  static constexpr Multiply kMultiply[kFewRows] = {multiply_rows<R, 1>, multiply_rows<R, 2>, multiply_rows<R, 3>};
+  static constexpr Multiply kMultiply[kFewRows] = {multiply_rows<R, 1>, multiply_rows<R, 2>, multiply_rows<R, 3>,
+                                                   multiply_rows<R, 4>, multiply_rows<R, 5>, multiply_rows<R, 6>};
   for (int t = 0; t < T; t += kFewRows) {
     const int n = T - t < kFewRows ? T - t : kFewRows;
     kMultiply[n - 1](w, cols, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
   }
 }
 
-// N activation rows times a chunk: weights[col][16 rows] in fp32.
+// N activation rows times a chunk: weights[col][16 rows] in fp32, `count` a multiple of 8.
 template <int N>
 void multiply_chunk(const float* weights, int count, const uint8_t* x, size_t x_stride, float* y, int64_t y_stride,
                     __mmask16 rows, bool add) {
   __m512 sums[N];
   for (int n = 0; n < N; ++n) sums[n] = _mm512_setzero_ps();
-  for (int col = 0; col < count; ++col, x += sizeof(float)) {
-    const __m512 column = _mm512_load_ps(weights + kTileRows * col);
+  for (int col = 0; col < count; col += 8, weights += 8 * kTileRows, x += 8 * sizeof(float)) {
+    __m512 columns[8];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) columns[k] = _mm512_load_ps(weights + kTileRows * k);
 #pragma GCC unroll 12
     for (int n = 0; n < N; ++n) {
-      const __m512 xn = _mm512_set1_ps(*reinterpret_cast<const float*>(x + n * x_stride));
-      sums[n] = _mm512_fmadd_ps(column, xn, sums[n]);
+      const float* xn = reinterpret_cast<const float*>(x + n * x_stride);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) sums[n] = _mm512_fmadd_ps(columns[k], _mm512_set1_ps(xn[k]), sums[n]);
     }
   }
   for (int n = 0; n < N; ++n) store_sums(y + n * y_stride, rows, sums[n], add);
