@@ -115,14 +115,15 @@ SHOESTRING_INLINE void store_sums(float* y, __mmask16 rows, __m512 sums, bool ad
   _mm512_mask_storeu_ps(y, rows, sums);
 }
 
-// Weights to be read soon, fetched while the current ones are computed with: `step` bytes per block and pass.
+// Weights to be read soon, fetched into the second-level cache (more than the first holds) while computing with the
+// current ones: `step` bytes per block and pass.
 struct Ahead {
   const uint8_t* p;
   int64_t step;
 
   SHOESTRING_INLINE void fetch() {
     for (int64_t byte = 0; byte < step; byte += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(p + byte), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(p + byte), _MM_HINT_T1);
     }
     p += step;
   }
