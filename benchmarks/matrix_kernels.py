@@ -60,7 +60,9 @@ def aligned_copy(data: np.ndarray) -> np.ndarray:
     return memory[start : start + len(data)]
 
 
-def products(weights: Weights, isa: str, steps: int, threads: int, pool: ThreadPoolExecutor) -> Callable[[], None]:
+def products(
+    weights: Weights, isa: str, steps: int, threads: int, pool: ThreadPoolExecutor
+) -> Callable[[], None]:
     x = np.random.default_rng(1).standard_normal((steps, weights.cols), dtype=np.float32)
     prepared = aligned_copy(
         np.zeros(_native.quantized_prepared_bytes(weights.kind, isa, weights.cols) * steps, np.uint8)
@@ -104,7 +106,9 @@ def main() -> None:
     arguments.add_argument("--types", nargs="*", default=list(TYPES))
     arguments.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     arguments.add_argument("--isa", default=_native.available_instruction_sets()[-1])
-    arguments.add_argument("--megabytes", type=int, default=512, help="of weights of each type, over all copies")
+    arguments.add_argument(
+        "--megabytes", type=int, default=512, help="of weights of each type, over all copies"
+    )
     arguments.add_argument("--calls", type=int, default=15)
     arguments.add_argument("--no-torch", action="store_true")
     arguments.add_argument("--output", type=Path)

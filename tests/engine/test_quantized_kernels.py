@@ -1,5 +1,9 @@
 """The native few-row products with quantised weights, against the formats' definition in numpy and fp64."""
 
+import ctypes
+import mmap
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -181,6 +185,29 @@ def test_unaligned_weights(kind, isa, offset):
     np.testing.assert_array_equal(multiply(kind, isa, moved, rows, x), multiply(kind, isa, data, rows, x))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page of memory")
+@every_set
+@every_type
+@pytest.mark.parametrize("rows", [1, 17])
+def test_reads_nothing_beyond_the_weights(kind, isa, rows):
+    """The page after the tensor may not exist: reading it would kill this process."""
+    rng = np.random.default_rng(rows)
+    data = random_weights(kind, rows, 1280, rng)
+    usable = -(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE
+    with mmap.mmap(-1, usable + mmap.PAGESIZE) as view:
+        memory = np.frombuffer(view, np.uint8)
+        protect, last = ctypes.CDLL(None, use_errno=True).mprotect, memory.ctypes.data + usable
+        assert protect(ctypes.c_void_p(last), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        edge = memory[usable - len(data) : usable]
+        edge[:] = data
+        for steps in (1, 9):
+            x = rng.standard_normal((steps, 1280), dtype=np.float32)
+            np.testing.assert_array_equal(
+                multiply(kind, isa, edge, rows, x), multiply(kind, isa, data, rows, x)
+            )
+        del memory, edge
+
+
 @every_set
 @pytest.mark.parametrize("kind", sorted(HALVES), ids=[NAMES[kind] for kind in sorted(HALVES)])
 def test_extreme_scales(kind, isa):
@@ -236,7 +263,9 @@ def test_int8_packing_rounds_to_nearest(rows):
     native.quantized_pack(INT8_TILES, w, data)
     error = np.abs(dequantize(INT8_TILES, data, rows, 96) - w)
     # Half a step, and at the ends half of the scale's own rounding more (a half has no steps below 2^-24).
-    assert (error <= 0.502 * per_block_largest(w) / 127 + 127 * (per_block_largest(w) / 127 * 2**-11 + 2**-25)).all()
+    assert (
+        error <= 0.502 * per_block_largest(w) / 127 + 127 * (per_block_largest(w) / 127 * 2**-11 + 2**-25)
+    ).all()
 
 
 def test_int4_packing_beats_plain_rounding():
