@@ -42,8 +42,8 @@ void dequantize_quantized_row(const Matrix& w, int64_t row, float* out);
 // Bytes of W; -1 where the type is none of ours or does not fit the shape.
 int64_t quantized_matrix_bytes(WeightType type, int64_t rows, int64_t cols);
 
-// Pack fp32 weights [rows, cols], cols a multiple of 32, into quantized_matrix_bytes(...) bytes. The last tile is filled up
-// with rows of zeros. `int4_tiles` searches each block's scale and minimum for the least squared error.
+// Pack fp32 weights [rows, cols], cols a multiple of 32, into quantized_matrix_bytes(...) bytes. The last tile is
+// filled up with rows of zeros. `int4_tiles` searches each block's scale and minimum for the least squared error.
 void pack_int8_tiles(const float* w, int64_t rows, int64_t cols, uint8_t* out);
 void pack_int4_tiles(const float* w, int64_t rows, int64_t cols, uint8_t* out);
 

@@ -100,8 +100,7 @@ SHOESTRING_INLINE __m512 multiply_add(__m512 sum, const TileBlock& w, const Acti
   }
   const __m512 scale = _mm512_set1_ps(x.scale);
   if (scaling == Scaling::halves) {
-    const __m512 both =
-        _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), w.e, _mm512_mul_ps(_mm512_cvtepi32_ps(low), w.d));
+    const __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), w.e, _mm512_mul_ps(_mm512_cvtepi32_ps(low), w.d));
     return _mm512_fmadd_ps(both, scale, sum);
   }
   const __m512 dots = _mm512_cvtepi32_ps(_mm512_add_epi32(low, high));
@@ -140,8 +139,7 @@ void multiply_tile(const uint8_t* tile, int64_t count, const uint8_t* x, size_t 
     const TileBlock w = Source::load(tile);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      sums[n] = multiply_add<Source::kScaling>(sums[n], w,
-                                               *reinterpret_cast<const ActivationBlock*>(x + n * x_stride));
+      sums[n] = multiply_add<Source::kScaling>(sums[n], w, *reinterpret_cast<const ActivationBlock*>(x + n * x_stride));
     }
   }
   for (int n = 0; n < N; ++n) store_sums(y + n * y_stride, rows, sums[n], add);
@@ -151,8 +149,7 @@ void multiply_tile(const uint8_t* tile, int64_t count, const uint8_t* x, size_t 
 template <class Source>
 void multiply_tile_rows(const uint8_t* tile, int64_t count, const uint8_t* x, size_t x_stride, int T, float* y,
                         int64_t y_stride, __mmask16 rows, bool add, Ahead ahead) {
-  using Multiply =
-      void (*)(const uint8_t*, int64_t, const uint8_t*, size_t, float*, int64_t, __mmask16, bool, Ahead);
+  using Multiply = void (*)(const uint8_t*, int64_t, const uint8_t*, size_t, float*, int64_t, __mmask16, bool, Ahead);
   static constexpr Multiply kMultiply[kMaxRows] = {
       multiply_tile<Source, 1>, multiply_tile<Source, 2>, multiply_tile<Source, 3>, multiply_tile<Source, 4>,
       multiply_tile<Source, 5>, multiply_tile<Source, 6>, multiply_tile<Source, 7>, multiply_tile<Source, 8>};

@@ -80,8 +80,7 @@ struct KScales {
     const __m512i six_bits = _mm512_set1_epi8(63), lower = _mm512_set1_epi8(15), top = _mm512_set1_epi8(48);
     low[0] = _mm512_and_si512(words[1], six_bits);
     low[1] = _mm512_and_si512(words[2], six_bits);
-    high[0] = _mm512_or_si512(_mm512_and_si512(words[3], lower),
-                              _mm512_and_si512(_mm512_srli_epi16(words[1], 2), top));
+    high[0] = _mm512_or_si512(_mm512_and_si512(words[3], lower), _mm512_and_si512(_mm512_srli_epi16(words[1], 2), top));
     high[1] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(words[3], 4), lower),
                               _mm512_and_si512(_mm512_srli_epi16(words[2], 2), top));
   }
@@ -139,8 +138,8 @@ struct Decoder<Q5_K> {
 #pragma GCC unroll 8
         for (int k = 0; k < 8; ++k) {
           const __m512i nibble = _mm512_and_si512(half ? _mm512_srli_epi16(nibbles[k], 4) : nibbles[k], lower);
-          const __m512i bit = j < 4 ? _mm512_slli_epi16(bits[k], j < 4 ? 4 - j : 0)
-                                    : _mm512_srli_epi16(bits[k], j < 4 ? 0 : j - 4);
+          const __m512i bit =
+              j < 4 ? _mm512_slli_epi16(bits[k], j < 4 ? 4 - j : 0) : _mm512_srli_epi16(bits[k], j < 4 ? 0 : j - 4);
           block.u[k] = _mm512_or_si512(nibble, _mm512_and_si512(bit, fifth));
         }
         block.d = scales.value(0, j);

@@ -86,7 +86,8 @@ void multiply_many(RowBytes rows, int64_t cols, const uint8_t* x, size_t x_strid
     }
     int t = 0;
     for (; t + kManyRows <= T; t += kManyRows) {
-      multiply_chunk<kManyRows>(decoded, count, x + t * x_stride, x_stride, y + t * y_stride, y_stride, mask, begin > 0);
+      multiply_chunk<kManyRows>(decoded, count, x + t * x_stride, x_stride, y + t * y_stride, y_stride, mask,
+                                begin > 0);
     }
     for (; t + 4 <= T; t += 4) {
       multiply_chunk<4>(decoded, count, x + t * x_stride, x_stride, y + t * y_stride, y_stride, mask, begin > 0);

@@ -63,8 +63,7 @@ void prepare_avx512(const float* x, int64_t cols, ActivationBlock* out) {
   for (int64_t col = 0; col < cols; col += kBlockCols, ++out) {
     const int64_t left = cols - col;
     const __mmask16 low_mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-    const __mmask16 high_mask =
-        left >= 32 ? 0xffff : left <= 16 ? 0 : static_cast<__mmask16>((1u << (left - 16)) - 1);
+    const __mmask16 high_mask = left >= 32 ? 0xffff : left <= 16 ? 0 : static_cast<__mmask16>((1u << (left - 16)) - 1);
     const __m512 low = _mm512_maskz_loadu_ps(low_mask, x + col);
     const __m512 high = _mm512_maskz_loadu_ps(high_mask, x + col + 16);
     const __m512 low_size = _mm512_abs_ps(low), high_size = _mm512_abs_ps(high);

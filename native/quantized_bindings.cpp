@@ -112,8 +112,8 @@ void quantized_multiply(int type, const std::string& isa, Bytes data, int64_t ro
   if (!kernel) throw std::invalid_argument("no kernels for type " + std::to_string(type));
   const size_t stride = row_bytes(*kernel, cols);
   if (first < 0 || first > last || last > rows || first % kernel->row_multiple) {
-    throw std::invalid_argument("rows " + std::to_string(first) + ".." + std::to_string(last) + " are no range of the " +
-                                std::to_string(rows) + ", or the first no multiple of " +
+    throw std::invalid_argument("rows " + std::to_string(first) + ".." + std::to_string(last) +
+                                " are no range of the " + std::to_string(rows) + ", or the first no multiple of " +
                                 std::to_string(kernel->row_multiple));
   }
   if (y.shape(1) != static_cast<size_t>(rows) || prepared.size() < stride * y.shape(0)) {
@@ -155,10 +155,9 @@ void quantized_pack(int type, Rows w, WritableBytes out) {
 void bind_quantized(nb::module_& module) {
   module.def("available_instruction_sets", &available_instruction_sets,
              "Names of the instruction sets whose kernels run here, best last.");
-  module.def("quantized_matrix_bytes",
-             [](int type, int64_t rows, int64_t cols) {
-               return quantized_matrix_bytes(static_cast<WeightType>(type), rows, cols);
-             });
+  module.def("quantized_matrix_bytes", [](int type, int64_t rows, int64_t cols) {
+    return quantized_matrix_bytes(static_cast<WeightType>(type), rows, cols);
+  });
   module.def("quantized_row_multiple", [](int type, const std::string& isa) {
     const Kernel* kernel = find_quantized_kernel(static_cast<WeightType>(type), instruction_set(isa));
     return kernel ? kernel->row_multiple : 0;

@@ -161,7 +161,8 @@ struct Q6_K {  // nibbles[128] | upper two bits[64] | int8 scales[16] | d; halve
   }
 };
 
-// Ours: bytes of inputs 4k..4k+3 of 16 rows follow one another, so that a 64-byte vector advances 16 outputs by 4 inputs.
+// Ours: bytes of inputs 4k..4k+3 of 16 rows follow one another, so that a 64-byte vector advances 16 outputs by 4
+// inputs.
 
 struct Int8Tiles {  // q + 128 [8][16][4] | half scales[16]
   static constexpr int kCols = 32, kRows = kTileRows, kBytes = 544;

@@ -7,9 +7,7 @@ namespace {
 
 constexpr int kChunk = 256;  // columns decoded at once
 
-struct F16 {
-  static constexpr int kCols = 1;
-};
+struct F16 {};
 
 float dot(const float* a, const float* b, int n) {
   float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};  // independent, for the vectoriser
