@@ -1,7 +1,8 @@
 """Few-row products with quantised weights: time, GB/s of weights and GFLOP/s, by type and number of rows T.
 
-One weight matrix of many (so that none stays in a cache) after another, interleaved over the types; on one thread and,
-over halves of the rows, on two. Beside them torch's bf16 linear, and `read`: what merely summing the same bytes costs.
+Weights come from copies that no cache holds, in turn. Contenders are interleaved; medians and ranges are over rounds.
+On one thread and, over halves of the rows, on two. Beside them torch's bf16 linear, and `read`: what merely summing
+as many bytes costs in numpy.
 
     python -m benchmarks.matrix_kernels --output benchmarks/results/matrix_kernels.cpu-2threads-avx512_vnni.json
 """
@@ -88,14 +89,11 @@ def products(
     return run
 
 
-def best_and_median(run: Callable[[], None], calls: int) -> tuple[float, float]:
+def timed(run: Callable[[], None]) -> float:
+    run()  # the code and the activations are warm, the weights are not
+    began = time.perf_counter()
     run()
-    seconds = []
-    for _ in range(calls):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds), statistics.median(seconds)
+    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -115,20 +113,12 @@ def main() -> None:
     options = arguments.parse_args()
     rows, cols, total = options.rows, options.cols, options.megabytes << 20
     pool = ThreadPoolExecutor(1)
-    table: list[dict[str, Any]] = []
+    # (type, threads, T, bytes of weights, one product)
+    contenders: list[tuple[str, int, int, int, Callable[[], None]]] = []
 
-    def measure(name: str, threads: int, steps: int, nbytes: int, run: Callable[[], None]) -> None:
-        best, median = best_and_median(run, options.calls)
-        table.append({
-            "type": name, "threads": threads, "T": steps, "ms": round(1000 * best, 3),
-            "ms_median": round(1000 * median, 3), "GB/s": round(nbytes / best / 1e9, 2),
-            "GFLOP/s": round(2 * rows * cols * steps / best / 1e9, 1),
-        })  # fmt: skip
-        print(json.dumps(table[-1]), flush=True)
-
-    buffers = [np.ones(total // 8, np.int64) for _ in range(1)]
+    buffer = np.ones(total // 8, np.int64)
     for threads in options.threads:
-        halves = np.array_split(buffers[0], threads)
+        halves = np.array_split(buffer, threads)
 
         def read(halves: list[np.ndarray] = halves) -> None:
             others = [pool.submit(np.sum, half) for half in halves[1:]]
@@ -136,24 +126,41 @@ def main() -> None:
             for other in others:
                 other.result()
 
-        measure("read", threads, 0, total, read)
+        contenders.append(("read", threads, 0, total, read))
     for name in options.types:
         weights = Weights(name, rows, cols, total)
         for threads in options.threads:
             for steps in options.steps:
                 run = products(weights, options.isa, steps, threads, pool)
-                measure(name, threads, steps, weights.nbytes, run)
+                contenders.append((name, threads, steps, weights.nbytes, run))
     if not options.no_torch:
         linears = [torch.randn(rows, cols).bfloat16() for _ in range(max(1, total // (2 * rows * cols)))]
         for threads in options.threads:
-            torch.set_num_threads(threads)
             for steps in options.steps:
                 x, turn = torch.randn(steps, cols).bfloat16(), iter(range(1 << 30))
 
                 def linear(x: torch.Tensor = x, turn: Any = turn) -> None:
                     torch.nn.functional.linear(x, linears[next(turn) % len(linears)])
 
-                measure("torch bf16", threads, steps, 2 * rows * cols, linear)
+                contenders.append(("torch bf16", threads, steps, 2 * rows * cols, linear))
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for _ in range(options.calls):
+        for index, (_, threads, _, _, run) in enumerate(contenders):
+            torch.set_num_threads(threads)
+            seconds[index].append(timed(run))
+    table = []
+    for (name, threads, steps, nbytes, _), times in zip(contenders, seconds, strict=True):
+        median = statistics.median(times)
+        table.append({
+            "type": name, "threads": threads, "T": steps, "ms": round(1000 * median, 3),
+            "ms_range": [round(1000 * min(times), 3), round(1000 * max(times), 3)],
+            "GB/s": round(nbytes / median / 1e9, 2), "GFLOP/s": round(2 * rows * cols * steps / median / 1e9, 1),
+        })  # fmt: skip
+        print(
+            "{type:11} {threads} thread(s) T={T:<4} {ms:9.3f} ms {GB/s:6.2f} GB/s {GFLOP/s:7.1f} GFLOP/s".format_map(
+                table[-1]
+            )
+        )
     result = {"benchmark": "matrix_kernels", "rows": rows, "cols": cols, "isa": options.isa, "table": table}
     print(json.dumps(result))
     if options.output:
