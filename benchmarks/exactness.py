@@ -92,6 +92,7 @@ def transformers_greedy(model: Any, ids: list[int], tokens: int) -> list[int]:
     import torch
 
     module, eos = model.model, model.eos_ids
+    attention = module.config._attn_implementation
     module.set_attn_implementation("sdpa")
     try:
         inputs = torch.tensor([ids], device=module.device)
@@ -104,7 +105,7 @@ def transformers_greedy(model: Any, ids: list[int], tokens: int) -> list[int]:
             pad_token_id=eos[0],
         )
     finally:
-        module.set_attn_implementation("shoestring")
+        module.set_attn_implementation(attention)
     return [int(token) for token in output[0, len(ids) :]]
 
 

@@ -86,6 +86,7 @@ def run(model: Any, contender: str, messages: list[dict[str, str]], tokens: int)
     import torch
 
     inputs = torch.tensor([model.encode(messages)], device=model.model.device)
+    attention = model.model.config._attn_implementation
     model.model.set_attn_implementation("sdpa")
     settings: dict[str, Any] = {} if "dynamic" in contender else {"cache_implementation": "static"}
     try:
@@ -103,7 +104,7 @@ def run(model: Any, contender: str, messages: list[dict[str, str]], tokens: int)
         count = len(output[0].tolist()) - inputs.shape[1]
         return {"tokens": count, "steps": count, "seconds": time.perf_counter() - began}
     finally:
-        model.model.set_attn_implementation("shoestring")
+        model.model.set_attn_implementation(attention)
 
 
 def line(totals: dict[str, dict[str, float]]) -> str:

@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu_features.hpp"
+#include "quantized_bindings.hpp"
 #include "step_bindings.hpp"
 
 namespace nb = nanobind;
@@ -13,4 +14,5 @@ NB_MODULE(_native, module) {
   module.def("cpu_features", &shoestring::cpu_features,
              "Vector instruction sets that this processor and its operating system let us use.");
   shoestring::bind_step(module);
+  shoestring::bind_quantized(module);
 }

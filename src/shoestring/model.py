@@ -15,10 +15,11 @@ from shoestring.decoding.drafters.protocol import Drafter
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.tune import StepCost, remembered_step_cost
 from shoestring.engine.hf_runner import HFRunner
+from shoestring.engine.native_runner import NativeRunner
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
-from shoestring.errors import RequestError, suggest
+from shoestring.errors import RequestError, UnsupportedModelError, suggest
 from shoestring.generation import Generation, Message, Piece, Prompt, Score, Session, as_batch
 
 __all__ = ["LanguageModel", "load"]
@@ -55,7 +56,24 @@ def load(
     pretrained = hub.load_pretrained(
         model, revision=revision, adapter=adapter, dtype=dtype, device=device, progress=progress
     )
-    return LanguageModel(pretrained.model, pretrained.tokenizer, name=pretrained.name, progress=progress)
+    return LanguageModel(
+        pretrained.model,
+        pretrained.tokenizer,
+        name=pretrained.name,
+        progress=progress,
+        runner=_fastest_runner(pretrained.model),
+    )
+
+
+def _fastest_runner(model: torch.nn.Module) -> Runner:
+    """The native step on a CPU for the architectures that it knows, else transformers' own modules."""
+    device, dtype = next((p.device, p.dtype) for p in model.parameters())
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        try:
+            return NativeRunner.from_module(model)
+        except UnsupportedModelError:
+            return HFRunner(model)
+    return HFRunner(model)
 
 
 class LanguageModel:
@@ -67,6 +85,7 @@ class LanguageModel:
         name: for messages.
         slots: the most sequences in one step.
         progress: called as ("measure", done, total) while the cost of steps is timed.
+        runner: the body that runs the model; None: an `HFRunner`, which changes the module's attention.
     """
 
     def __init__(
@@ -77,22 +96,28 @@ class LanguageModel:
         name: str = "model",
         slots: int = 8,
         progress: Callable[[str, int, int | None], None] | None = None,
+        runner: Runner | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.runner: Runner = HFRunner(model)
-        self._hf_runner = self.runner
+        self.runner: Runner = runner or HFRunner(model)
         self._slots, self._progress = slots, progress
         self._step_cost: StepCost | None = None
         self._draft_runners: dict[str, Runner] = {}
 
     def __repr__(self) -> str:
-        return f"LanguageModel({self.name!r}, {self.dtype}, {self._hf_runner.device})"
+        return f"LanguageModel({self.name!r}, {self.dtype}, {self.device})"
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that the weights compute in."""
         dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
         return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        device: torch.device = self.model.device  # type: ignore[assignment]
+        return device
 
     @property
     def eos_ids(self) -> list[int]:
@@ -108,7 +133,7 @@ class LanguageModel:
         """The model, its parameters, its type, where it runs and which body runs it."""
         count = sum(parameter.numel() for parameter in self.model.parameters())
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.name}: {count / 1e6:,.0f}M parameters, {dtype}, {self._hf_runner.device}"
+        return f"{self.name}: {count / 1e6:,.0f}M parameters, {dtype}, {self.runner.description}"
 
     @property
     def has_chat_template(self) -> bool:
@@ -270,9 +295,8 @@ class LanguageModel:
 
     def close(self) -> None:
         """Drop the cache and give the HF module its own attention back."""
-        for runner in [self._hf_runner, *self._draft_runners.values()]:
-            if isinstance(runner, HFRunner):
-                runner.close()
+        for runner in [self.runner, *self._draft_runners.values()]:
+            runner.close()
 
     def _apply_chat_template(self, messages: Any) -> list[int]:
         for message in messages:
@@ -311,7 +335,7 @@ class LanguageModel:
             RequestError: the two models' tokenizers differ.
         """
         if name not in self._draft_runners:
-            small = load(name, device=str(self._hf_runner.device), dtype=str(self.dtype).split(".")[1])
+            small = load(name, device=str(self.device), dtype=str(self.dtype).split(".")[1])
             ours, theirs = self.tokenizer, small.tokenizer
             if ours is None or theirs is None or ours.get_vocab() != theirs.get_vocab():
                 raise RequestError(
@@ -325,7 +349,15 @@ class LanguageModel:
 
         config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
         config.pop("_name_or_path", None)
-        device = self._hf_runner.device
+        device = self.device
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
-        facts = [config, str(self.dtype), str(device), hardware, torch.__version__, __version__]
+        facts = [
+            config,
+            str(self.dtype),
+            str(device),
+            self.runner.description,
+            hardware,
+            torch.__version__,
+            __version__,
+        ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]

@@ -65,6 +65,11 @@ class HFRunner:
         return self._device
 
     @property
+    def description(self) -> str:
+        """What runs."""
+        return f"transformers' modules on {self._device}"
+
+    @property
     def slots(self) -> Collection[int]:
         """The slots that are open."""
         return self._sampling.keys()

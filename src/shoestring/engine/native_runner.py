@@ -1,7 +1,7 @@
 """The native runner: all layers of a step in one call of C++, on the CPU, for models of the Llama family."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,11 @@ class NativeRunner:
         return torch.device("cpu")
 
     @property
+    def description(self) -> str:
+        """What runs: the instruction set and the threads."""
+        return f"native step ({self.instruction_set}, {self.threads} threads)"
+
+    @property
     def threads(self) -> int:
         """Threads of the pool."""
         return int(self._model.threads)
@@ -110,6 +115,11 @@ class NativeRunner:
     def instruction_set(self) -> str:
         """The instruction set whose kernels run."""
         return str(self._model.instruction_set)
+
+    @property
+    def slots(self) -> Collection[int]:
+        """The slots that are open."""
+        return self._sampling.keys()
 
     def open(self, slot: int, sampling: SamplingOptions, prompt: Sequence[int] = ()) -> int:
         """Open a slot; return how many of the prompt's first tokens are cached already."""
@@ -186,6 +196,10 @@ class NativeRunner:
         self.cache.release(slot)
         self._sampling.pop(slot)
         self._trees.pop(slot, None)
+
+    def clear(self) -> None:
+        """Drop what is kept of released slots."""
+        self.cache.clear()
 
     def close(self) -> None:
         """Drop the cache."""

@@ -93,6 +93,10 @@ class Runner(Protocol):
         """The most positions the model can be right on; None where nothing limits them."""
 
     @property
+    def description(self) -> str:
+        """Which body this is, for people."""
+
+    @property
     def slots(self) -> Collection[int]:
         """The slots that are open."""
 
@@ -113,6 +117,9 @@ class Runner(Protocol):
 
     def clear(self) -> None:
         """Drop what is kept of released slots for prompts that would continue them."""
+
+    def close(self) -> None:
+        """Give back what the runner holds; a step after it is an error."""
 
 
 def free_slot(runner: Runner) -> int:
