@@ -30,7 +30,7 @@ STRATEGIES = [
 @pytest.fixture
 def model(smollm2):
     yield smollm2
-    assert not smollm2._hf_runner.cache._live, "a slot was left open"
+    assert not smollm2.runner.slots, "a slot was left open"
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def answer():
 
 
 def live(runner):
-    return sorted(runner.cache._live)
+    return sorted(runner.slots)
 
 
 def test_a_right_draft_is_accepted_whole(runner, answer):
@@ -122,7 +122,7 @@ def test_drafts_are_clipped_where_the_context_ends(left, kind):
     emissions = list(decode(small, [request(prompt, drafter)]))
     assert [emission.token for emission in emissions] == expected
     assert emissions[-1].finish_reason == "length"
-    assert not small.cache._live
+    assert not small.slots
 
 
 def test_a_prompt_that_is_cached_already_gives_the_same_tokens(runner, answer):

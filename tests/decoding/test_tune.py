@@ -59,7 +59,7 @@ def test_measuring_leaves_the_runner_as_it_was():
     assert all(seconds > 0 for seconds in cost.seconds)
     assert progress[0] == (0, len(ROW_COUNTS))
     assert progress[-1] == (len(ROW_COUNTS), len(ROW_COUNTS))
-    assert not runner.cache._live
+    assert not runner.slots
 
 
 def test_a_measured_cost_is_remembered(tmp_path):

@@ -35,6 +35,7 @@ class StrategySummary:
             return "equal"
         prompt, parting = next(iter(self.partings.items()))
         gap = "one text is longer" if parting.gap is None else f"gap {parting.gap:.2g}"
+        gap = "a tie" if parting.gap == 0 else gap
         many = f"{self.equal} of {self.texts} equal, prompt {prompt + 1} " if self.texts > 1 else ""
         return f"{many}parts at token {parting.at}, {gap}"
 

@@ -39,7 +39,7 @@ def test_of_the_same_model_every_draft_is_accepted(twin, sampling):
     emissions = list(decode(runner_of("llama"), [request(PROMPT, drafter, sampling, most=24)]))
     assert [emission.token for emission in emissions] == expected
     assert [emission.step for emission in emissions] == [index // 6 for index in range(24)]
-    assert not twin.cache._live
+    assert not twin.slots
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -63,7 +63,7 @@ def test_after_any_history_it_drafts_what_its_model_generates(stranger):
             tokens += [[7], [*draft, 8], [draft[0], 9], [3, 4], [5, 6, 7, 8, 9]][turn]
     finally:
         drafter.close()
-    assert not stranger.cache._live
+    assert not stranger.slots
 
 
 def test_a_batch_and_two_requests_at_once_have_slots_of_their_own(twin):
@@ -76,7 +76,7 @@ def test_a_batch_and_two_requests_at_once_have_slots_of_their_own(twin):
     requests = [request(p, drafter, most=8) for p, drafter in zip(prompts, drafters, strict=True)]
     assert run(runner, requests) == expected
     assert begun + [emission.token for emission in first] == expected[0]
-    assert not twin.cache._live
+    assert not twin.slots
 
 
 def test_the_draft_stays_inside_the_draft_models_context():
@@ -95,5 +95,5 @@ def test_its_slot_is_released_when_the_request_fails(twin):
 
     with pytest.raises(RequestError, match="no"):
         run(runner_of("llama"), [request(PROMPT, Failing(twin, 3, GREEDY))])
-    assert not twin.cache._live
-    assert not runner_of("llama").cache._live
+    assert not twin.slots
+    assert not runner_of("llama").slots
