@@ -52,6 +52,7 @@ struct AttentionBlock {
 // Slots per split of the cache. Fixed, so that a row's sums run in the same order whatever the shape of the step.
 constexpr int64_t kSplit = 512;
 constexpr int kMostQueries = 64;
+constexpr int kMostHeadDimension = 512;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t attention_scratch(int D) { return kMostQueries * (kSplit + round_up(D, 16) + 64); }

@@ -9,8 +9,6 @@
 
 namespace shoestring {
 
-constexpr int kMostHeadDimension = 512;
-
 struct KvShape {
   int layers;
   int heads;  // key-value heads

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 
 #include "model.hpp"
@@ -11,6 +12,8 @@ namespace {
 
 // Queries (rows times heads of a group) that go through attention together, at most.
 constexpr int kQueries = 48;
+// Up to here, work on whole rows is so little that handing it round costs more than it saves.
+constexpr int kFewRows = 3;
 static_assert(kQueries <= kMostQueries, "the scratch memory must hold them");
 
 // Which of a segment's rows see which of its slots, from slot `tail` on, for one sliding window.
@@ -95,7 +98,11 @@ class Step : public Job {
   void rotate_and_write(const Layer& layer, int index, int64_t begin, int64_t end);
   void attend(const Layer& layer, int index, const AttentionItem& item, int thread);
   void merge(int64_t begin, int64_t end, int thread);
-  void products(Walk& walk, const std::vector<Product>& list, const PreparedRows& in);
+  // Products, and then `rows(begin, end)` over all rows: by the thread that finishes last where they are few.
+  template <typename Rows>
+  void products(Walk& walk, std::initializer_list<Product> list, const PreparedRows& in, Rows&& rows);
+  template <typename Body, typename Rows>
+  void phase_with_rows(Walk& walk, int64_t total, int64_t grain, Body&& body, Rows&& rows);
   void multiply(const Linear& linear, const PreparedRows& in, int rows, int64_t first, int64_t last, float* y, int64_t y_stride);
   void gate_and_up(Walk& walk, const Layer& layer);
   void run_head(Walk& walk, int thread);
@@ -108,7 +115,7 @@ class Step : public Job {
   void rotate(float* heads, int count, const float* angles) const;
 
   float* scratch(int thread) const { return m.scratch.floats() + thread * scratch_floats_; }
-  int64_t grain() const { return T_ <= 6 ? 4 : 3; }
+  int64_t grain() const { return T_ <= kFewRows ? 1 : T_ <= 12 ? 2 : 3; }
 
   std::shared_ptr<Model> model_;
   Model& m;
@@ -275,25 +282,22 @@ void Step::work(int thread) {
     const Layer& layer = m.layers[static_cast<size_t>(index)];
     float* qkv = m.qkv.floats();
     products(walk,
-             {{&layer.q, qkv, width},
-              {&layer.k, qkv + s.H * s.D, width},
-              {&layer.v, qkv + (s.H + s.K) * s.D, width}},
-             m.inputs);
-    walk.phase(T, 1, [&](int64_t begin, int64_t end) { rotate_and_write(layer, index, begin, end); });
-    walk.phase(static_cast<int64_t>(items_.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) attend(layer, index, items_[static_cast<size_t>(i)], thread);
-    });
-    walk.phase(T, 1, [&](int64_t begin, int64_t end) { merge(begin, end, thread); });
-    products(walk, {{&layer.o, m.branch.floats(), s.E}}, m.attended);
-    walk.phase(T, 1, [&](int64_t begin, int64_t end) {
+             {{&layer.q, qkv, width}, {&layer.k, qkv + s.H * s.D, width}, {&layer.v, qkv + (s.H + s.K) * s.D, width}},
+             m.inputs, [&](int64_t begin, int64_t end) { rotate_and_write(layer, index, begin, end); });
+    phase_with_rows(
+        walk, static_cast<int64_t>(items_.size()), 1,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) attend(layer, index, items_[static_cast<size_t>(i)], thread);
+        },
+        [&](int64_t begin, int64_t end) { merge(begin, end, thread); });
+    products(walk, {{&layer.o, m.branch.floats(), s.E}}, m.attended, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         add_branch(layer.post_attention_norm, t, scratch(thread));
         normalise_and_prepare(m.x.floats() + t * s.E, layer.mlp_norm, m.inputs, t, s.E, scratch(thread));
       }
     });
     gate_and_up(walk, layer);
-    products(walk, {{&layer.down, m.branch.floats(), s.E}}, m.gated);
-    walk.phase(T, 1, [&](int64_t begin, int64_t end) {
+    products(walk, {{&layer.down, m.branch.floats(), s.E}}, m.gated, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         add_branch(layer.post_mlp_norm, t, scratch(thread));
         if (index + 1 < layers) {
@@ -382,26 +386,38 @@ void Step::multiply(const Linear& linear, const PreparedRows& in, int rows, int6
   for (int t = 0; t < rows; ++t) kernels.add(y + t * y_stride + first, linear.bias.data() + first, last - first);
 }
 
+template <typename Body, typename Rows>
+void Step::phase_with_rows(Walk& walk, int64_t total, int64_t grain, Body&& body, Rows&& rows) {
+  if (T_ <= kFewRows) {
+    walk.phase(total, grain, body, [&] { rows(0, T_); });
+  } else {
+    walk.phase(total, grain, body);
+    walk.phase(T_, 1, rows);
+  }
+}
+
 // The products' outputs, sixteen to a unit, are one range of work.
-void Step::products(Walk& walk, const std::vector<Product>& list, const PreparedRows& in) {
+template <typename Rows>
+void Step::products(Walk& walk, std::initializer_list<Product> list, const PreparedRows& in, Rows&& rows) {
   int64_t total = 0;
   for (const Product& product : list) total += (product.linear->matrix.rows + 15) / 16;
-  walk.phase(total, grain(), [&](int64_t begin, int64_t end) {
+  const auto body = [&](int64_t begin, int64_t end) {
     int64_t unit = 0;
     for (const Product& product : list) {
-      const int64_t rows = product.linear->matrix.rows, units = (rows + 15) / 16;
+      const int64_t outputs = product.linear->matrix.rows, units = (outputs + 15) / 16;
       const int64_t first = std::max(begin - unit, int64_t{0}) * 16;
-      const int64_t last = std::min((end - unit) * 16, rows);
+      const int64_t last = std::min((end - unit) * 16, outputs);
       if (first < last) multiply(*product.linear, in, T_, first, last, product.y, product.y_stride);
       unit += units;
     }
-  });
+  };
+  phase_with_rows(walk, total, grain(), body, rows);
 }
 
 void Step::gate_and_up(Walk& walk, const Layer& layer) {
   float *gate = m.gate.floats(), *up = m.up.floats();
   const bool blocks = m.gated.has(ActivationFormat::int8_blocks);
-  walk.phase((s.F + 15) / 16, grain(), [&](int64_t begin, int64_t end) {
+  const auto body = [&](int64_t begin, int64_t end) {
     const int64_t first = begin * 16, last = std::min<int64_t>(end * 16, s.F);
     multiply(layer.gate, m.inputs, T_, first, last, gate, s.F);
     multiply(layer.up, m.inputs, T_, first, last, up, s.F);
@@ -416,10 +432,13 @@ void Step::gate_and_up(Walk& walk, const Layer& layer) {
                            reinterpret_cast<uint16_t*>(m.gated.row(ActivationFormat::bf16, t)) + first);
       }
     }
-  });
-  if (!blocks) return;
+  };
+  if (!blocks) {
+    walk.phase((s.F + 15) / 16, grain(), body);
+    return;
+  }
   // Blocks of inputs share a scale: they are prepared when all of a row is there.
-  walk.phase(T_, 1, [&](int64_t begin, int64_t end) {
+  phase_with_rows(walk, (s.F + 15) / 16, grain(), body, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) normalise_and_prepare(gate + t * s.F, {}, m.gated, t, s.F, nullptr);
   });
 }

@@ -5,6 +5,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -286,6 +288,44 @@ void multiply(int type, int64_t rows, int64_t cols, nb::handle weights, const Ro
   kernel->multiply(w, prepared.get(), stride, static_cast<int>(T), 0, rows, y.data(), rows);
 }
 
+// Reads memory once, as fast as all threads can.
+class ReadJob : public Job {
+ public:
+  ReadJob(const float* data, int64_t floats, int threads, const VectorKernels& kernels)
+      : Job(1), data_(data), floats_(floats), threads_(threads), kernels_(kernels) {}
+  void work(int) override {
+    Walk walk(*this, threads_);
+    walk.phase(floats_, int64_t{1} << 16, [&](int64_t begin, int64_t end) {
+      Best best{0, -1, true};
+      kernels_.find_best(data_ + begin, end - begin, 0, &best);
+    });
+  }
+
+ private:
+  const float* data_;
+  int64_t floats_;
+  int threads_;
+  const VectorKernels& kernels_;
+};
+
+// Bytes per second of the fastest of a few passes over a buffer: the floor under every step that reads all weights.
+double read_bandwidth(int64_t bytes, int threads) {
+  const nb::gil_scoped_release release;
+  const std::shared_ptr<uint8_t> memory = allocate(bytes);
+  std::memset(memory.get(), 1, static_cast<size_t>(bytes));
+  const std::shared_ptr<ThreadPool> pool = ThreadPool::shared(threads);
+  const auto* data = reinterpret_cast<const float*>(memory.get());
+  double best = 0;
+  for (int pass = 0; pass < 7; ++pass) {
+    const auto job = std::make_shared<ReadJob>(data, bytes / 4, threads, vector_kernels(best_instruction_set()));
+    const auto began = std::chrono::steady_clock::now();
+    pool->run(job);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
+    best = std::max(best, static_cast<double>(bytes) / seconds.count());
+  }
+  return best;
+}
+
 }  // namespace
 
 void bind_step(nb::module_& module) {
@@ -300,6 +340,7 @@ void bind_step(nb::module_& module) {
   module.def("matrix_bytes", [](int type, int64_t rows, int64_t cols) {
     return matrix_bytes(static_cast<WeightType>(type), rows, cols);
   });
+  module.def("read_bandwidth", &read_bandwidth, nb::arg("bytes"), nb::arg("threads"));
   module.def("pack_bf16_tiles", &pack_bf16_tiles, nb::arg("weights"), nb::arg("rows"), nb::arg("cols"));
   module.def("multiply", &multiply, nb::arg("type"), nb::arg("rows"), nb::arg("cols"), nb::arg("weights"), nb::arg("x"),
              nb::arg("y"), nb::arg("isa") = "", nb::arg("dots") = false);

@@ -182,25 +182,27 @@ void merge(const float* sums, int64_t sum_stride, const float* tops, const float
     if (totals[s * statistics_stride] > 0 && value > top) top = value;
   }
   const int64_t D16 = round_up(D, 16);
-  float weights[16], all[16];  // of sixteen splits at a time
+  F16 results[kMostHeadDimension / 16];
+  for (int64_t d = 0; d < D16 / 16; ++d) results[d] = zero();
   float total = 0;
+  for (int s = 0; s < splits; ++s) {
+    const float part = totals[s * statistics_stride];
+    if (part == 0) continue;  // sees none of these slots; what is not a number is passed on
+    const float weight = ::expf(tops[s * statistics_stride] - top);
+    total += part * weight;
+    const F16 weights = broadcast(weight);
+    for (int64_t d = 0; d < D16 / 16; ++d) results[d] = fma(load(sums + s * sum_stride + 16 * d), weights, results[d]);
+  }
+  const F16 factor = broadcast(1.0f / total);
+  float rest[16];
   for (int64_t d = 0; d < D16; d += 16) {
-    F16 result = zero();
-    float denominator = 0;
-    for (int begin = 0; begin < splits; begin += 16) {
-      const int count = splits - begin < 16 ? splits - begin : 16;
-      for (int s = 0; s < 16; ++s) all[s] = s < count ? tops[(begin + s) * statistics_stride] - top : 0.0f;
-      store(weights, exponential(load(all)));
-      for (int s = 0; s < count; ++s) {
-        const float part = totals[(begin + s) * statistics_stride];
-        if (!(part > 0)) continue;  // sees none of these slots (a NaN is passed on below)
-        denominator += part * weights[s];
-        result = fma(load(sums + (begin + s) * sum_stride + d), broadcast(weights[s]), result);
-      }
+    const F16 values = mul(results[d / 16], factor);
+    if (d + 16 <= D) {
+      store(out + d, values);
+      continue;
     }
-    total = denominator;
-    store(all, div(result, broadcast(total)));
-    for (int64_t i = 0; i < 16 && d + i < D; ++i) out[d + i] = all[i];
+    store(rest, values);
+    for (int64_t i = 0; d + i < D; ++i) out[d + i] = rest[i];
   }
 }
 

@@ -6,8 +6,10 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace shoestring {
@@ -35,20 +37,33 @@ class Job {
     // when the whole phase is done.
     template <typename Body>
     void phase(int64_t total, int64_t grain, Body&& body) {
+      phase(total, grain, body, nullptr);
+    }
+
+    // As above; whichever thread does the last piece also calls last(), while the others wait.
+    template <typename Body, typename Last>
+    void phase(int64_t total, int64_t grain, Body&& body, Last&& last) {
+      constexpr bool kHasLast = !std::is_same_v<std::decay_t<Last>, std::nullptr_t>;
       if (total <= 0) return;
       Phase& phase = job_.phases_[static_cast<size_t>(next_++)];
       int64_t begin = phase.claimed.load(std::memory_order_relaxed);
       while (begin < total) {
         // Large pieces first, small ones at the end, so that threads finish together.
-        int64_t piece = (total - begin) / (threads_ > 1 ? 2 * threads_ : 1) / grain * grain;
+        int64_t piece = threads_ > 1 ? (total - begin) * 5 / (8 * threads_) / grain * grain : total;
         if (piece < grain) piece = grain;
         const int64_t end = begin + piece < total ? begin + piece : total;
         if (!phase.claimed.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
         body(begin, end);
-        phase.done.fetch_add(end - begin, std::memory_order_acq_rel);
+        const int64_t done = phase.done.fetch_add(end - begin, std::memory_order_acq_rel) + (end - begin);
+        if constexpr (kHasLast) {
+          if (done == total) {
+            last();
+            phase.done.store(total + 1, std::memory_order_release);
+          }
+        }
         begin = phase.claimed.load(std::memory_order_relaxed);
       }
-      wait_until(phase.done, total);
+      wait_until(phase.done, kHasLast ? total + 1 : total);
     }
 
    private:
