@@ -75,6 +75,7 @@ struct VectorKernels {
                 int64_t statistics_stride, int splits, int D, float* out);
   void (*find_best)(const float* logits, int64_t n, int32_t first_token, Best* best);
   void (*top_k)(const float* logits, int64_t n, int k, int32_t* tokens);
+  float (*read_all)(const float* x, int64_t n);  // their sum, as fast as memory gives them (n / 64 * 64 of them)
 };
 
 namespace portable {

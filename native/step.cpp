@@ -115,7 +115,7 @@ class Step : public Job {
   void rotate(float* heads, int count, const float* angles) const;
 
   float* scratch(int thread) const { return m.scratch.floats() + thread * scratch_floats_; }
-  int64_t grain() const { return T_ <= kFewRows ? 1 : T_ <= 12 ? 2 : 3; }
+  int64_t grain() const { return T_ <= kFewRows || T_ > 12 ? 1 : 2; }
 
   std::shared_ptr<Model> model_;
   Model& m;

@@ -296,8 +296,8 @@ class ReadJob : public Job {
   void work(int) override {
     Walk walk(*this, threads_);
     walk.phase(floats_, int64_t{1} << 16, [&](int64_t begin, int64_t end) {
-      Best best{0, -1, true};
-      kernels_.find_best(data_ + begin, end - begin, 0, &best);
+      volatile float sum = kernels_.read_all(data_ + begin, end - begin);
+      (void)sum;
     });
   }
 

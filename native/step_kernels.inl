@@ -127,27 +127,51 @@ void attend(const AttentionBlock& block) {
   const F16 scale = broadcast(block.scale);
   const F16 lowest = broadcast(-3.0e38f);
   for (int r = 0; r < block.rows; ++r) {
+    // Slots [clear, tail) are seen without a look at masks.
+    int64_t clear = block.oldest[r] <= block.first ? 0 : round_up(block.oldest[r] - block.first, 16);
+    const int64_t tail = block.tail - block.first;
+    clear = clear < slots ? clear : slots;
+    const int64_t seen = tail < clear ? clear : tail < slots ? tail : slots;
     for (int h = 0; h < block.heads; ++h) {
       float* row = scores + (r * block.heads + h) * score_stride;
       F16 most = lowest;
-      for (int64_t i = 0; i < slots; i += 16) {
-        F16 values = mul(load(row + i), scale);
-        if (block.softcap > 0) {
-          values = mul(broadcast(block.softcap), hyperbolic_tangent(mul(values, broadcast(1.0f / block.softcap))));
+      const auto scaled = [&](int64_t i) {
+        const F16 values = mul(load(row + i), scale);
+        if (block.softcap <= 0) return values;
+        return mul(broadcast(block.softcap), hyperbolic_tangent(mul(values, broadcast(1.0f / block.softcap))));
+      };
+      const auto masked = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += 16) {
+          const F16 values = select(visible_slots(block, r, block.first + i), scaled(i), lowest);
+          most = max(values, most);
+          store(row + i, values);
         }
-        values = select(visible_slots(block, r, block.first + i), values, lowest);
+      };
+      masked(0, clear);
+      for (int64_t i = clear; i < seen; i += 16) {
+        const F16 values = scaled(i);
         most = max(values, most);
         store(row + i, values);
       }
+      masked(seen, slots);
       const float top = largest(most);
       const F16 tops = broadcast(top);
       WideSum total;
-      for (int64_t i = 0; i < slots; i += 16) {
-        const uint32_t mask = visible_slots(block, r, block.first + i);
-        const F16 weights = select(mask, exponential(sub(load(row + i), tops)), zero());
+      const auto weigh = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += 16) {
+          const uint32_t mask = visible_slots(block, r, block.first + i);
+          const F16 weights = select(mask, exponential(sub(load(row + i), tops)), zero());
+          total.add(weights);
+          store(row + i, weights);
+        }
+      };
+      weigh(0, clear);
+      for (int64_t i = clear; i < seen; i += 16) {
+        const F16 weights = exponential(sub(load(row + i), tops));
         total.add(weights);
         store(row + i, weights);
       }
+      weigh(seen, slots);
       block.largest[r * block.statistics_row_stride + h] = top;
       block.total[r * block.statistics_row_stride + h] = static_cast<float>(total.total());
     }
@@ -247,6 +271,22 @@ void find_best(const float* logits, int64_t n, int32_t first_token, Best* best) 
   }
 }
 
+float read_all(const float* x, int64_t n) {
+  constexpr int kStreams = 4;
+  F16 sums[kStreams];
+  for (int stream = 0; stream < kStreams; ++stream) sums[stream] = zero();
+  const int64_t part = n / kStreams / 16 * 16;
+  for (int64_t i = 0; i < part; i += 16) {
+    for (int stream = 0; stream < kStreams; ++stream) {
+      const float* p = x + stream * part + i;
+      prefetch(reinterpret_cast<const uint8_t*>(p) + 1024);
+      sums[stream] = add(sums[stream], load(p));
+    }
+  }
+  for (int stream = 1; stream < kStreams; ++stream) sums[0] = add(sums[0], sums[stream]);
+  return sum(sums[0]);
+}
+
 void top_k(const float* logits, int64_t n, int k, int32_t* tokens) {
   // tokens[0..held) are sorted, best first; ties stay in token order because later ones must be strictly better.
   int held = 0;
@@ -285,6 +325,7 @@ const VectorKernels& kernels() {
     k.merge = &merge;
     k.find_best = &find_best;
     k.top_k = &top_k;
+    k.read_all = &read_all;
     return k;
   }();
   return table;

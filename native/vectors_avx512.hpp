@@ -81,6 +81,7 @@ constexpr bool kHasPairDot = false;
 #endif
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace SHOESTRING_ISA
 }  // namespace shoestring

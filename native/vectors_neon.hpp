@@ -98,6 +98,7 @@ struct WideSum {
 };
 
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace SHOESTRING_ISA
 }  // namespace shoestring

@@ -90,6 +90,7 @@ struct WideSum {
 };
 
 static inline void prefetch(const uint8_t*) {}
+static inline void prefetch_far(const uint8_t*) {}
 
 }  // namespace SHOESTRING_ISA
 }  // namespace shoestring
