@@ -6,7 +6,9 @@ namespace shoestring {
 namespace SHOESTRING_ISA {
 namespace {
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__clang__)
+#define SHOESTRING_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
 #define SHOESTRING_UNROLL _Pragma("GCC unroll 24")
 #else
 #define SHOESTRING_UNROLL

@@ -12,7 +12,7 @@
 namespace shoestring {
 namespace {
 
-bool has_feature(const std::vector<std::string>& features, const char* name) {
+[[maybe_unused]] bool has_feature(const std::vector<std::string>& features, const char* name) {
   for (const std::string& feature : features) {
     if (feature == name) return true;
   }

@@ -1,7 +1,6 @@
 #include "step_bindings.hpp"
 
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -195,6 +194,12 @@ class NativeModel {
   std::shared_ptr<Model> model_;
 };
 
+// What Python holds of a sequence's cache. A step shares the storage, never this object: the last to let go of a step may be
+// a late worker, which must not need the interpreter (at exit it would be stopped inside a destructor).
+struct NativeStorage {
+  std::shared_ptr<KvStorage> storage;
+};
+
 template <typename T>
 std::vector<T> values_of(const nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>& array) {
   return std::vector<T>(array.data(), array.data() + array.size());
@@ -208,7 +213,7 @@ nb::object rows_of(const std::shared_ptr<float>& memory, size_t rows, size_t col
 }
 
 // (best [W], top_k [W k], logits [W V] or None, [hidden [T E], ...])
-nb::tuple step(const NativeModel& native, const std::vector<std::shared_ptr<KvStorage>>& storages,
+nb::tuple step(const NativeModel& native, const std::vector<const NativeStorage*>& storages,
                const std::vector<int64_t>& cached, const std::vector<int>& rows, const Integers& tokens, const Integers& parents,
                const Integers& wanted, const Integers& embedding_rows, const Rows& embeddings,
                const std::vector<int32_t>& hidden_layers, int top_k, bool keep_logits) {
@@ -219,12 +224,14 @@ nb::tuple step(const NativeModel& native, const std::vector<std::shared_ptr<KvSt
     throw std::invalid_argument("every slot needs its storage, its length and its rows");
   }
   for (size_t i = 0; i < storages.size(); ++i) {
-    const KvShape &a = storages[i]->shape(), b = model->kv_shape();
+    if (storages[i] == nullptr) throw std::invalid_argument("a slot has no storage");
+    const std::shared_ptr<KvStorage>& storage = storages[i]->storage;
+    const KvShape &a = storage->shape(), b = model->kv_shape();
     if (a.layers != b.layers || a.heads != b.heads || a.D != b.D || a.bf16 != b.bf16 || cached[i] < 0 ||
-        storages[i]->capacity() < cached[i] + rows[i]) {
+        storage->capacity() < cached[i] + rows[i]) {
       throw std::invalid_argument("a slot's storage has no room for the step, or is another model's");
     }
-    input.segments.push_back({storages[i], cached[i], rows[i]});
+    input.segments.push_back({storage, cached[i], rows[i]});
   }
   input.tokens = values_of(tokens);
   input.parents = values_of(parents);
@@ -350,24 +357,32 @@ void bind_step(nb::module_& module) {
     dequantize_row(matrix_of(buffer, type, rows, cols, "matrix"), row, out.data());
   });
 
-  nb::class_<KvStorage>(module, "KvStorage")
-      .def_prop_ro("capacity", &KvStorage::capacity)
-      .def_prop_ro("nbytes", &KvStorage::bytes)
-      .def("reserve", &KvStorage::reserve, nb::arg("slots"), nb::arg("keep"))
+  nb::class_<NativeStorage>(module, "Storage")
+      .def_prop_ro("capacity", [](const NativeStorage& self) { return self.storage->capacity(); })
+      .def_prop_ro("nbytes", [](const NativeStorage& self) { return self.storage->bytes(); })
+      .def(
+          "reserve",
+          [](NativeStorage& self, int64_t slots, int64_t keep) {
+            if (keep < 0 || keep > self.storage->capacity()) throw std::invalid_argument("there is not so much to keep");
+            self.storage->reserve(slots, keep);
+          },
+          nb::arg("slots"), nb::arg("keep"))
       .def(
           "copy_prefix",
-          [](KvStorage& self, const KvStorage& source, int64_t length) {
-            if (length > self.capacity() || length > source.capacity()) throw std::invalid_argument("no room for the prefix");
-            self.copy_prefix(source, length);
+          [](NativeStorage& self, const NativeStorage& source, int64_t length) {
+            if (length < 0 || length > self.storage->capacity() || length > source.storage->capacity()) {
+              throw std::invalid_argument("no room for the prefix");
+            }
+            self.storage->copy_prefix(*source.storage, length);
           },
           nb::arg("source"), nb::arg("length"))
       .def(
           "gather",
-          [](KvStorage& self, int64_t first, const std::vector<int64_t>& rows) {
+          [](NativeStorage& self, int64_t first, const std::vector<int64_t>& rows) {
             for (const int64_t row : rows) {
-              if (row < 0 || first + row >= self.capacity()) throw std::invalid_argument("no such row");
+              if (first < 0 || row < 0 || first + row >= self.storage->capacity()) throw std::invalid_argument("no such row");
             }
-            self.gather(first, rows);
+            self.storage->gather(first, rows);
           },
           nb::arg("first"), nb::arg("rows"));
 
@@ -376,7 +391,8 @@ void bind_step(nb::module_& module) {
            nb::arg("threads"), nb::arg("instruction_set") = "")
       .def_prop_ro("threads", &NativeModel::threads)
       .def_prop_ro("instruction_set", &NativeModel::isa)
-      .def("storage", [](const NativeModel& self) { return std::make_shared<KvStorage>(self.model()->kv_shape()); })
+      .def("storage",
+           [](const NativeModel& self) { return NativeStorage{std::make_shared<KvStorage>(self.model()->kv_shape())}; })
       .def("step", &step);
 }
 

@@ -158,6 +158,20 @@ def test_two_runners_in_two_threads():
     assert outcome == dict.fromkeys(range(3), expected)
 
 
+def test_workers_hold_nothing_of_the_interpreters():
+    # A worker may be the last to let go of a step; a reference to a Python object would then be dropped without
+    # the interpreter's lock, or, at exit, in a thread that the interpreter stops.
+    runner = make(threads=16)
+    runner.open(0, GREEDY)
+    runner.step({0: TokenTree.chain(PROMPT)})
+    storage = runner.cache.storage(0)
+    before = sys.getrefcount(storage)
+    for _ in range(200):
+        runner.step({0: TokenTree.chain(PROMPT)})
+        assert sys.getrefcount(storage) == before
+    runner.release(0)
+
+
 def test_idle_workers_sleep():
     runner = make(threads=4)
     logits_of(runner, PROMPT)
