@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shoestring.evaluation.prompts import load_prompts
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description)
@@ -13,6 +15,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments.add_argument("--device", default="auto")
     arguments.add_argument("--output", type=Path, help="write the result file here")
     return arguments
+
+
+def tuning_prompts(name: str) -> list[str]:
+    """The prompts of a set that `auto`'s priors were measured on; no result is taken on them."""
+    return load_prompts(name, 40)[3::7][:6]
+
+
+def held_out_prompts(name: str, count: int) -> list[str]:
+    """`count` prompts of a set, evenly spread, none of which served for tuning."""
+    tuned = set(tuning_prompts(name))
+    prompts = [prompt for prompt in load_prompts(name) if prompt not in tuned]
+    return [prompts[index * len(prompts) // count] for index in range(min(count, len(prompts)))]
 
 
 def chat(prompt: str) -> list[dict[str, str]]:

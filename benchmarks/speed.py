@@ -11,8 +11,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.common import chat, parser
-from shoestring.evaluation.prompts import load_prompts
+from benchmarks.common import chat, held_out_prompts, parser
 from shoestring.evaluation.results import write_result
 
 SETS = ("mt_bench", "gsm8k", "humaneval")
@@ -41,7 +40,7 @@ def main() -> None:
     model = shoestring.load(options.model, device=options.device, dtype=options.dtype)
     cost = model.step_cost()
     contenders = ["transformers dynamic", "transformers static", *options.decoding]
-    chosen = {name: load_prompts(name, options.rounds * options.prompts) for name in SETS}
+    chosen = {name: held_out_prompts(name, options.rounds * options.prompts) for name in SETS}
     rounds: list[dict[str, dict[str, float]]] = []
     for contender in contenders:  # warm up
         run(model, contender, chat("Hello"), 16)
