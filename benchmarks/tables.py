@@ -47,7 +47,7 @@ def exactness() -> str:
                 rows.append([f"`{strategy}`", kind, f"{total['equal']} of {total['texts']}", worst or "-"])
         parts.append(
             f"{result['model']}, {result['dtype']}, MT-Bench prompts, texts equal to plain decoding's "
-            f"({result['machine']}, [{name}](RESULTS/{name})):\n\n"
+            f"({result['machine']}, commit {result['commit']}, [{name}](RESULTS/{name})):\n\n"
             + table(["against", "", "equal", "where they part"], rows)
         )
     return "\n".join(parts)
@@ -63,7 +63,8 @@ def tokens_per_step() -> str:
             if strategy != "transformers"
         ]
         parts.append(
-            f"{result['model']}, {result['dtype']}, greedy, MT-Bench ([{name}](RESULTS/{name}); the paper's "
+            f"{result['model']}, {result['dtype']}, greedy, MT-Bench, commit {result['commit']} "
+            f"([{name}](RESULTS/{name}); the paper's "
             "7B model with window 15, n-gram 5, guesses 15: 1.96, with prompt pool 2.05):\n\n"
             + table(["strategy", "tokens/step"], rows)
         )
@@ -88,7 +89,7 @@ def speed() -> str:
             )
         parts.append(
             f"{result['model']}, {result['dtype']}, batch 1, greedy, MT-Bench + GSM8K + HumanEval, "
-            f"{result['machine']} ([{name}](RESULTS/{name})); ratios are medians over rounds of one run:\n\n"
+            f"{result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); ratios are medians over rounds of one run:\n\n"
             + table(["", "tokens/step", "tokens/s", "over plain", "over transformers' best"], rows)
         )
     return "\n".join(parts)

@@ -45,7 +45,7 @@ class AcceptanceRates:
 
 
 def _prior(guess: Guess) -> float:
-    """Before any guess is seen: rounded from SmolLM2-135M on chat, arithmetic and code (`benchmarks/acceptance_rates.py`)."""
+    """A guess's rate before any is seen, rounded from `benchmarks/acceptance_rates.py`."""
     source, length, rank = guess
     first = {"ngram": (0.2, 0.5, 0.6, 0.65, 0.7, 0.8), "recycle": (0.3, 0.55)}[source]
     return first[min(length, len(first)) - 1] * (0.4 / rank if rank else 1.0)
