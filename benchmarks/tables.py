@@ -89,7 +89,8 @@ def speed() -> str:
             )
         parts.append(
             f"{result['model']}, {result['dtype']}, batch 1, greedy, MT-Bench + GSM8K + HumanEval, "
-            f"{result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); ratios are medians over rounds of one run:\n\n"
+            f"{result['machine']}, commit {result['commit']} "
+            f"([{name}](RESULTS/{name})); ratios are medians over rounds of one run:\n\n"
             + table(["", "tokens/step", "tokens/s", "over plain", "over transformers' best"], rows)
         )
     return "\n".join(parts)
