@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from shoestring.errors import RequestError
+from shoestring.hub.quiet import quiet_transformers
 from shoestring.training.batches import BatchSampler, Plan
 from shoestring.training.callbacks import Recorder
 from shoestring.training.folder import RunFolder
@@ -130,9 +131,10 @@ class BatchTrainer(Trainer):
         if self.args.should_save:
             assert output_dir is not None
             assert isinstance(self.model, PreTrainedModel)
-            self.model.save_pretrained(output_dir, state_dict=state_dict)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
+            with quiet_transformers():
+                self.model.save_pretrained(output_dir, state_dict=state_dict)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         norms = torch._foreach_norm([weight.detach() for weight in model.parameters()])

@@ -122,14 +122,14 @@ def _from_tsv(name: str, languages: Sequence[str]) -> list[Pair]:
 
 
 def _from_hub(name: str, languages: Sequence[str]) -> list[Pair]:
-    *parts, configuration, split = name.split("/")
-    if not parts:
+    parts = name.split("/")
+    if len(parts) < 3:
         raise RequestError(f"'hf:{name}' is not hf:ID/CONFIGURATION/SPLIT, as in hf:wmt/wmt14/de-en/train")
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise MissingDependencyError("HF data sets need datasets: pip install 'shoestring[train]'") from error
-    rows = load_dataset("/".join(parts), configuration, split=split)
+    rows = load_dataset("/".join(parts[:-2]), parts[-2], split=parts[-1])
     source, target = languages
     return [(row["translation"][source], row["translation"][target]) for row in rows]
 

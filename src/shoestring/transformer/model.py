@@ -145,6 +145,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
     """The whole model. One matrix embeds source and target and, transposed, gives the logits (section 3.4)."""
 
     config_class = TransformerConfig
+    config: TransformerConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
     _no_split_modules = ["EncoderLayer", "DecoderLayer"]  # noqa: RUF012

@@ -54,10 +54,9 @@ def encode_all(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], dropout: float | None = None
 ) -> list[list[int]]:
     """Token ids with `</s>` behind; with `dropout`, merges are left out at random (BPE-dropout, arXiv 1910.13267)."""
-    backend = tokenizer.backend_tokenizer
-    if not dropout:
-        return [encoding.ids for encoding in backend.encode_batch(list(texts))]
-    noisy = Tokenizer.from_str(backend.to_str())
-    assert isinstance(noisy.model, models.BPE)
-    noisy.model.dropout = dropout
-    return [encoding.ids for encoding in noisy.encode_batch(list(texts))]
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True  # a text that has </s> in it does not end there
+    if dropout:
+        assert isinstance(backend.model, models.BPE)
+        backend.model.dropout = dropout
+    return [encoding.ids for encoding in backend.encode_batch(list(texts))]

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from shoestring.errors import ModelFileError, RequestError
+from shoestring.hub.quiet import quiet_transformers
 from shoestring.transformer.batching import padded
 from shoestring.transformer.config import TransformerConfig
 from shoestring.transformer.model import Transformer
@@ -72,8 +73,9 @@ class Translator:
                 raise ModelFileError(
                     f"{path} is a {config.model_type} model; translate takes those of this project"
                 )
-            model = Transformer.from_pretrained(folder, config=config, dtype=dtype or torch.float32)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            with quiet_transformers():
+                model = Transformer.from_pretrained(folder, config=config, dtype=dtype or torch.float32)
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelFileError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
         if device == "auto":
@@ -83,8 +85,9 @@ class Translator:
 
     def save(self, path: Path) -> None:
         """Write the model and the tokenizer into one folder."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        with quiet_transformers():
+            self.model.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
 
     def translate(
         self,

@@ -1,0 +1,64 @@
+"""Scores of finished translation runs as one result file: `python -m benchmarks.translation_quality runs/A runs/B`.
+
+The runs are made by `shoestring train recipes/NAME.yaml`. Beside each stands what is published for its set. With two runs
+or more, each is compared with the first by paired bootstrap over the averaged weights' beam output.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shoestring.evaluation.results import write_result
+from shoestring.evaluation.translation import paired_bootstrap
+from shoestring.training.folder import RunFolder
+from shoestring.transformer.corpus import read_corpus, read_lines
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("runs", type=Path, nargs="+")
+    arguments.add_argument(
+        "--device", default="auto", help="the device the runs were made on, for the record"
+    )
+    arguments.add_argument("--output", type=Path)
+    asked = arguments.parse_args()
+    rows = [summary(path) for path in asked.runs]
+    differences = [difference(asked.runs[0], other) for other in asked.runs[1:]]
+    result = {"benchmark": "translation-quality", "runs": rows, "paired": [d for d in differences if d]}
+    for row in rows:
+        for title, ways in row["scores"].items():
+            for way, found in ways.items():
+                print(
+                    f"{row['run']:20} {title:12} {way:17} BLEU {found['bleu']:.2f}, lowercased "
+                    f"{found['bleu_lowercased']:.2f}, chrF {found['chrf']:.2f}"
+                )
+    if asked.output:
+        write_result(asked.output, result, asked.device)
+    print(json.dumps(result))
+
+
+def summary(path: Path) -> dict[str, Any]:
+    result = RunFolder(path).result()
+    if result is None:
+        raise SystemExit(f"{path} holds no finished run")
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    return {"run": path.name, "recipe": config, **result}
+
+
+def difference(first: Path, other: Path) -> dict[str, Any] | None:
+    tests = [yaml.safe_load((path / "config.yaml").read_text())["data"] for path in (first, other)]
+    common = [title for title, name in tests[0]["test"].items() if tests[1]["test"].get(title) == name]
+    if not common:
+        return None
+    title = common[0]
+    references = [target for _, target in read_corpus(tests[0]["test"][title], tests[0]["languages"])]
+    systems = [read_lines(path / f"{title}.averaged.beam.txt") for path in (first, other)]
+    found = paired_bootstrap(*systems, references)
+    return {"test": title, "runs": [first.name, other.name], **vars(found)}
+
+
+if __name__ == "__main__":
+    main()
