@@ -1,8 +1,8 @@
 """How much of the device's measured matrix rate a training step of the Transformer reaches, by preset, eager and compiled.
 
-A step is forward, backward, clipping and AdamW on batches of `--tokens` source and as many target tokens, of the sentence
-lengths given, padded as buckets are (the last 5% of each row). Counted are the products of real tokens only: padding,
-recomputation and element-wise work are not. The matrix rate is the best of a few square products.
+A step is forward, backward, clipping and AdamW on a batch of `--tokens` source and as many target tokens in sentences of
+`--length` tokens, a third of them a twentieth shorter and padded, as in a bucket. Counted are the products of real tokens
+only: padding, recomputation and element-wise work are not. The matrix rate is the best of a few square products.
 """
 
 import json
@@ -18,14 +18,13 @@ from shoestring.evaluation.results import write_result
 from shoestring.transformer.config import TransformerConfig, preset
 from shoestring.transformer.model import Transformer
 
-LENGTHS = (20, 28, 40)
-
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--preset", action="append", help="default: paper-base and paper-big")
     arguments.add_argument("--tokens", type=int, default=25000)
     arguments.add_argument("--vocabulary", type=int, default=37000)
+    arguments.add_argument("--length", type=int, default=28)
     arguments.add_argument("--steps", type=int, default=30)
     arguments.add_argument("--eager-only", action="store_true")
     asked = arguments.parse_args()
@@ -49,7 +48,7 @@ def main() -> None:
         "matrix_rate_flops": rate,
         "tokens": asked.tokens,
         "vocabulary": asked.vocabulary,
-        "lengths": LENGTHS,
+        "length": asked.length,
         "rows": rows,
     }
     if asked.output:
@@ -77,12 +76,10 @@ def measure(name: str, compiled: bool, device: str, asked: Any) -> dict[str, Any
     if compiled:
         model.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=device == "cuda")
-    batches = [batch(length, asked.tokens, asked.vocabulary, device) for length in LENGTHS]
+    inputs = batch(asked.length, asked.tokens, asked.vocabulary, device)
     began = time.perf_counter()
-    samples: list[float] = []
-    work = tokens = 0.0
 
-    def step(inputs: dict[str, torch.Tensor]) -> None:
+    def step() -> None:
         with torch.autocast(device, torch.bfloat16):
             loss = model(**inputs).loss
         loss.backward()
@@ -90,26 +87,20 @@ def measure(name: str, compiled: bool, device: str, asked: Any) -> dict[str, Any
         optimizer.step()
         optimizer.zero_grad()
 
-    for inputs in batches:  # compiles, and warms up
-        for _ in range(2):
-            step(inputs)
+    for _ in range(3):  # compiles, and warms up
+        step()
     synchronize(device)
     warm_up = time.perf_counter() - began
-    for inputs in batches:
-        samples += timed(lambda inputs=inputs: step(inputs), device, max(1, asked.steps // len(LENGTHS)))
-        work += training_flops(config, inputs)
-        tokens += int((inputs["labels"] != -100).sum())
-    seconds = sum(
-        statistics.median(samples[i * len(samples) // 3 : (i + 1) * len(samples) // 3]) for i in range(3)
-    )
+    samples = timed(step, device, asked.steps)
+    seconds = statistics.median(samples)
     return {
         "preset": name,
         "compiled": compiled,
         "parameters": model.num_parameters(),
-        "flops_per_second": work / seconds,
-        "target_tokens_per_second": tokens / seconds,
+        "flops_per_second": training_flops(config, inputs) / seconds,
+        "target_tokens_per_second": int((inputs["labels"] != -100).sum()) / seconds,
         "step_ms": {
-            "median": 1e3 * statistics.median(samples),
+            "median": 1e3 * seconds,
             "range": [1e3 * min(samples), 1e3 * max(samples)],
         },
         "warm_up_seconds": warm_up,

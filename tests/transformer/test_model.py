@@ -103,8 +103,8 @@ def test_captured_attention_is_a_distribution_and_changes_nothing(model, batch):
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
     assert len(seen.encoder_attentions) == 2
     assert seen.encoder_attentions[0].shape == (6, 4, 9, 9)
-    assert float(seen.cross_attentions[1][1, :, :, 4:].abs().max()) == 0  # row 1 has four tokens
-    assert float(seen.decoder_attentions[0].triu(1).abs().max()) == 0
+    assert seen.cross_attentions[1][1, :, :, 4:].abs().max().item() == 0  # row 1 has four tokens
+    assert seen.decoder_attentions[0].triu(1).abs().max().item() == 0
 
 
 def test_sinusoids_are_the_papers():
