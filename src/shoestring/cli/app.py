@@ -11,11 +11,14 @@ import typer
 from shoestring.cli.chat import chat
 from shoestring.cli.compare import compare
 from shoestring.cli.doctor import doctor
+from shoestring.cli.evaluate import evaluate
 from shoestring.cli.generate import generate
 from shoestring.cli.models import models
+from shoestring.cli.parse import parse
 from shoestring.cli.pull import pull
 from shoestring.cli.terminal import complain
 from shoestring.cli.train import train
+from shoestring.cli.translate import translate
 from shoestring.errors import RequestError, ShoestringError
 
 __all__ = ["app", "main", "run"]
@@ -31,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, chat, compare, train, pull, models, doctor):
+for _command in (generate, chat, compare, train, evaluate, translate, parse, pull, models, doctor):
     app.command()(_command)
 
 

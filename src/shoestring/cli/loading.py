@@ -8,8 +8,10 @@ from shoestring.cli.terminal import note, progress
 
 if TYPE_CHECKING:
     from shoestring.model import LanguageModel
+    from shoestring.transformer.search import SearchOptions
+    from shoestring.transformer.translator import Translator
 
-__all__ = ["loaded"]
+__all__ = ["loaded", "loaded_translator"]
 
 
 @contextmanager
@@ -40,3 +42,21 @@ def loaded(
             language_model.step_cost()
     note(language_model.description)
     yield language_model
+
+
+def loaded_translator(
+    model: str, device: str, dtype: str, beam: int, length_penalty: float, extra_length: int
+) -> "tuple[Translator, SearchOptions]":
+    """A trained Transformer, and how it is to search."""
+    import torch
+
+    from shoestring.errors import RequestError, suggest
+    from shoestring.training.trainer import resolved_device
+    from shoestring.transformer.search import SearchOptions
+    from shoestring.transformer.translator import Translator
+
+    kinds = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise RequestError(f"unknown dtype {dtype!r}{suggest(dtype, kinds)}; known: {', '.join(kinds)}")
+    translator = Translator.load(model, resolved_device(device), kinds[dtype])
+    return translator, SearchOptions(beam, length_penalty, extra_length)

@@ -9,10 +9,13 @@ from shoestring.hub.catalogue import BUNDLED
 __all__ = [
     "DEFAULT_MODEL",
     "Adapter",
+    "Beam",
     "Decoding",
     "Device",
     "Dtype",
+    "ExtraLength",
     "Json",
+    "LengthPenalty",
     "MaxNewTokens",
     "MinP",
     "Model",
@@ -88,3 +91,8 @@ Stop = Annotated[
     typer.Option(help="A string that ends the text (left out of it); may be repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept for each sentence; 1 is greedy.")]
+LengthPenalty = Annotated[
+    float, typer.Option(min=0.0, help="The exponent of the length by which scores are divided.")
+]
+ExtraLength = Annotated[int, typer.Option(min=1, help="The most tokens beyond the source's.")]

@@ -156,7 +156,7 @@ def resolved_device(name: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name):
+    if not there.get(name.partition(":")[0]):
         raise RequestError(
             f"device {name!r} is not there; here are: auto, {', '.join(k for k in there if there[k])}"
         )
