@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
+from lively import lively
 
-from conftest import lively
 from shoestring.errors import RequestError, UnsupportedModelError
 from shoestring.transformer.config import PRESETS, preset
 from shoestring.transformer.layers import sinusoids

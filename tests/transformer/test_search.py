@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 import torch
+from lively import lively
 from torch.nn import functional as F
 
-from conftest import lively
 from shoestring.transformer.decoder_state import CachedDecoder
 from shoestring.transformer.marian import as_marian
 from shoestring.transformer.search import SearchOptions, _Beam, _Greedy, search

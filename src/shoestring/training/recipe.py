@@ -105,6 +105,8 @@ def _explained(schema: type[BaseModel], error: ValidationError) -> Iterator[str]
             yield f"unknown key {name!r}{suggest(where[-1], known)}; known: {', '.join(known)}"
         elif problem["type"] == "missing":
             yield f"the recipe has no {name!r}, which it needs"
+        elif problem["type"] == "value_error":  # a validator of ours, whose message says it all
+            yield str(problem["ctx"]["error"])
         else:
             yield f"{name} = {problem['input']!r}: {problem['msg'][:1].lower() + problem['msg'][1:]}"
 
