@@ -96,10 +96,85 @@ def speed() -> str:
     return "\n".join(parts)
 
 
+def translation_quality() -> str:
+    """BLEU of every finished translation run, by weights and search."""
+    parts = []
+    for name, result in load_results("translation-quality"):
+        rows, signatures = [], set()
+        for run in result["runs"]:
+            for title, ways in run["scores"].items():
+                for way, found in ways.items():
+                    low, high = found["bleu_interval"]
+                    signatures |= {found["signatures"]["bleu"], found["signatures"]["bleu_lowercased"]}
+                    rows.append(
+                        [
+                            f"{run['run']}: {title}, {way}",
+                            f"{found['bleu']:.2f} ({low:.1f}-{high:.1f})",
+                            f"{found['bleu_lowercased']:.2f}",
+                            f"{found['chrf']:.1f}",
+                            f"{run['training_seconds']:.0f} s",
+                        ]
+                    )
+        parts.append(
+            f"English to German, {result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); "
+            f"{' and '.join(f'`{signature}`' for signature in sorted(signatures))}; 95% bootstrap intervals; training "
+            "seconds are those of four runs at once on one device:\n\n"
+            + table(["run: test set, weights, search", "BLEU", "lowercased", "chrF", "training"], rows)
+        )
+    return "\n".join(parts)
+
+
+def training_rate() -> str:
+    """The share of the matrix rate that training reaches."""
+    parts = []
+    for name, result in load_results("transformer-training-rate"):
+        rows = [
+            [
+                f"{row['preset']}, {'compiled' if row['compiled'] else 'eager'}",
+                f"{row['step_ms']['median']:.1f} ms",
+                f"{row['target_tokens_per_second']:,.0f}",
+                f"{100 * row['share_of_matrix_rate']:.1f}%",
+            ]
+            for row in result["rows"]
+        ]
+        parts.append(
+            f"{result['tokens']:,} source and target tokens a batch, {result['dtype']}, {result['machine']}, whose measured "
+            f"matrix rate is {result['matrix_rate_flops'] / 1e12:.0f} TFLOP/s, commit {result['commit']} "
+            f"([{name}](RESULTS/{name})):\n\n"
+            + table(["", "a step", "target tokens/s", "of the matrix rate"], rows)
+        )
+    return "\n".join(parts)
+
+
+def translation_speed() -> str:
+    """Decoding beside MarianMT with the same weights."""
+    parts = []
+    for name, result in load_results("translation-speed"):
+        rows = [
+            [
+                f"beam {row['beam']}, batch {row['rows']}",
+                f"{row['ours']['tokens_per_second']:,.0f}",
+                f"{row['marian']['tokens_per_second']:,.0f}",
+                f"{row['ratio']['median']:.2f}x ({row['ratio']['range'][0]:.2f}-{row['ratio']['range'][1]:.2f})",
+                f"{row['differing']} of {row['sentences']}",
+            ]
+            for row in result["rows"]
+        ]
+        parts.append(
+            f"{result['model']}, {result['dtype']}, {result['machine']}, commit {result['commit']} "
+            f"([{name}](RESULTS/{name})), against MarianMT with the same weights through `generate`:\n\n"
+            + table(["", "tokens/s", "MarianMT", "ratio", "texts that differ"], rows)
+        )
+    return "\n".join(parts)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "exactness": exactness,
     "tokens-per-step": tokens_per_step,
     "speed": speed,
+    "translation-quality": translation_quality,
+    "training-rate": training_rate,
+    "translation-speed": translation_speed,
 }
 
 

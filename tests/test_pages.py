@@ -29,16 +29,39 @@ def commands():
                 yield words
 
 
+# What makes a recipe of any length a matter of a second: the page's command is run with these values.
+QUICK = (
+    "data.train=['generated:reverse[0:60]']", "data.validation=null", "data.test={toy: 'generated:reverse[60:64]'}",
+    "model.layers=1", "model.d_model=16", "model.heads=2", "model.max_positions=512", "data.vocabulary=300",
+    "metric=exact", "steps=4", "save_every=2", "average=2", "batch_tokens=512", "device=cpu", "precision=fp32",
+    "compile=false",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory):
+    """The folder of a Transformer's run that took a second."""
+    path = tmp_path_factory.mktemp("pages") / "run"
+    assert run(["train", str(ROOT / "recipes" / "reverse.yaml"), *QUICK, "--output", str(path)]) == 0
+    return path
+
+
 SHOESTRING = [words[1:] for words in commands() if words[0] == "shoestring"]
 
 
 @pytest.mark.parametrize("words", SHOESTRING, ids=" ".join)
-def test_shown_command_runs(words, tmp_path, monkeypatch, capfd):
+def test_shown_command_runs(words, tmp_path, monkeypatch, capfd, request):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
     if words[0] in ("generate", "compare"):
         words = [*words, "--max-new-tokens", "8"]
+    if words[0] == "train":
+        words = [*words, *QUICK]
+    if words[0] in ("translate", "parse", "evaluate"):
+        folder = next(word for word in words if word.startswith("runs/"))
+        shutil.copytree(request.getfixturevalue("quick_run"), tmp_path / folder)
     assert run(words) == 0, capfd.readouterr().err
     assert capfd.readouterr().out or words[0] == "chat" or "--output" in words
 
