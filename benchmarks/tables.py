@@ -117,8 +117,8 @@ def translation_quality() -> str:
                     )
         parts.append(
             f"English to German, {result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); "
-            f"{' and '.join(f'`{signature}`' for signature in sorted(signatures))}; 95% bootstrap intervals; training "
-            "seconds are those of four runs at once on one device:\n\n"
+            f"{' and '.join(f'`{signature}`' for signature in sorted(signatures))}; 95% bootstrap intervals; "
+            f"{result['at_once']} of the runs trained at a time on the one device:\n\n"
             + table(["run: test set, weights, search", "BLEU", "lowercased", "chrF", "training"], rows)
         )
     return "\n".join(parts)
@@ -138,8 +138,8 @@ def training_rate() -> str:
             for row in result["rows"]
         ]
         parts.append(
-            f"{result['tokens']:,} source and target tokens a batch, {result['dtype']}, {result['machine']}, whose measured "
-            f"matrix rate is {result['matrix_rate_flops'] / 1e12:.0f} TFLOP/s, commit {result['commit']} "
+            f"{result['tokens']:,} source and target tokens a batch, {result['dtype']}, {result['machine']}, whose "
+            f"measured matrix rate is {result['matrix_rate_flops'] / 1e12:.0f} TFLOP/s, commit {result['commit']} "
             f"([{name}](RESULTS/{name})):\n\n"
             + table(["", "a step", "target tokens/s", "of the matrix rate"], rows)
         )

@@ -23,11 +23,17 @@ def main() -> None:
     arguments.add_argument(
         "--device", default="auto", help="the device the runs were made on, for the record"
     )
+    arguments.add_argument("--at-once", type=int, default=1, help="how many of the runs shared the device")
     arguments.add_argument("--output", type=Path)
     asked = arguments.parse_args()
     rows = [summary(path) for path in asked.runs]
     differences = [difference(asked.runs[0], other) for other in asked.runs[1:]]
-    result = {"benchmark": "translation-quality", "runs": rows, "paired": [d for d in differences if d]}
+    result = {
+        "benchmark": "translation-quality",
+        "at_once": asked.at_once,
+        "runs": rows,
+        "paired": [d for d in differences if d],
+    }
     for row in rows:
         for title, ways in row["scores"].items():
             for way, found in ways.items():
