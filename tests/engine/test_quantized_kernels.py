@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 native = pytest.importorskip("shoestring._native", reason="built without the native part")
-if not hasattr(native, "Model"):
-    pytest.skip("built without SHOESTRING_NATIVE_STEP", allow_module_level=True)
 
 F16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, INT8_TILES, INT4_TILES = 1, 2, 3, 8, 12, 13, 14, 1001, 1002
 NAMES = {
