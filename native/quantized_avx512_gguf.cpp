@@ -165,17 +165,19 @@ struct Decoder<Q6_K> {
     for (int half = 0; half < 2; ++half) {
       __m512i upper[8];
       (rows + (128 + 32 * half)).transpose32(upper);
+      __m512i nibbles[2][8];
+      (rows + 64 * half).transpose32(nibbles[0]);
+      (rows + (64 * half + 32)).transpose32(nibbles[1]);
+      // In the order of the inputs, in which all kernels sum.
 #pragma GCC unroll 2
-      for (int odd = 0; odd < 2; ++odd) {
-        __m512i nibbles[8];
-        (rows + (64 * half + 32 * odd)).transpose32(nibbles);
+      for (int high = 0; high < 2; ++high) {
 #pragma GCC unroll 2
-        for (int high = 0; high < 2; ++high) {
+        for (int odd = 0; odd < 2; ++odd) {
           const int j = 4 * half + 2 * high + odd;
           TileBlock block;
 #pragma GCC unroll 8
           for (int k = 0; k < 8; ++k) {
-            const __m512i nibble = high ? _mm512_srli_epi16(nibbles[k], 2) : _mm512_slli_epi16(nibbles[k], 2);
+            const __m512i nibble = high ? _mm512_srli_epi16(nibbles[odd][k], 2) : _mm512_slli_epi16(nibbles[odd][k], 2);
             const __m512i top = _mm512_slli_epi16(upper[k], 6 - 2 * (j % 4));
             block.u[k] = _mm512_or_si512(_mm512_and_si512(nibble, nibble_place), _mm512_and_si512(top, upper_place));
           }
@@ -220,16 +222,20 @@ template <class Format>
 SHOESTRING_INLINE void multiply_one(RowBytes rows, int64_t blocks, const uint8_t* x, float* y, __mmask16 mask) {
   constexpr int kBlocks = Format::kCols / kBlockCols;
   const auto* xb = reinterpret_cast<const ActivationBlock*>(x);
-  __m512 sum = _mm512_setzero_ps();
+  __m512 sum = _mm512_setzero_ps(), total = sum;
   // The next sixteen rows follow these; read ahead of the many short streams that a prefetcher would have to track.
   Ahead ahead{rows.p + kTileRows * rows.stride, kTileRows * Format::kBytes};
   for (int64_t b = 0; b < blocks; b += kBlocks, rows = rows + Format::kBytes) {
+    if (b > 0 && b % kChunkBlocks == 0) {  // summed in the order of `multiply_many`: a row's result is the same in every step
+      total = b == kChunkBlocks ? sum : _mm512_add_ps(sum, total);
+      sum = _mm512_setzero_ps();
+    }
     ahead.fetch();
     Decoder<Format>::decode(rows, [&](int j, const TileBlock& w) __attribute__((always_inline)) {
       sum = multiply_add<Decoder<Format>::kScaling>(sum, w, xb[b + j]);
     });
   }
-  store_sums(y, mask, sum, false);
+  store_sums(y, mask, blocks > kChunkBlocks ? _mm512_add_ps(sum, total) : sum, false);
 }
 
 template <class Format>

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoestring.engine.native_weights import WeightType
+from shoestring.quantization import WeightType
 
 native = pytest.importorskip("shoestring._native", reason="built without the native part")
 
