@@ -1,8 +1,8 @@
 """Whether drafting pays, by the clock: tokens per second of steps with drafts against steps without.
 
-What a step's rows cost is measured once, and what guesses are worth is learnt; but a busy machine, a long context or a text
-that repeats nothing can make drafting lose all the same. So steps are timed as they come: where drafts lose, they rest for a
-while, twice as long each time, and are then tried again.
+What a step's rows cost is measured once, and what guesses are worth is learnt; but a busy machine, a long context or a
+text that repeats nothing can make drafting lose all the same. So steps are timed as they come: where drafts lose, they rest
+for a while, twice as long each time, and are then tried again.
 """
 
 import time
