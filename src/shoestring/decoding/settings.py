@@ -13,6 +13,7 @@ from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.merged import AcceptanceRates, MergedDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
 from shoestring.decoding.drafters.protocol import Drafter
+from shoestring.decoding.governor import Governor
 from shoestring.decoding.tune import StepCost
 from shoestring.engine.runner import Runner
 from shoestring.engine.sampling import SamplingOptions
@@ -39,6 +40,7 @@ class DraftingEnvironment:
     step_cost: Callable[[], StepCost]
     load_draft_runner: Callable[[str], Runner]
     rates: AcceptanceRates = field(default_factory=AcceptanceRates)
+    governor: Governor = field(default_factory=Governor)
 
 
 def _at_least(settings: object, **least: int) -> None:
@@ -161,7 +163,9 @@ class Auto:
         if self.budget is not None:
             return MergedDrafter(None, self.budget, rates=environment.rates)
         cost = environment.step_cost()
-        return MergedDrafter(cost, rates=environment.rates) if cost.pays() else None
+        if not cost.pays():
+            return None
+        return MergedDrafter(cost, rates=environment.rates, governor=environment.governor)
 
 
 Decoding = Autoregressive | Lookahead | Ngram | DraftModel | Auto

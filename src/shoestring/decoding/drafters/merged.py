@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from shoestring.decoding.drafters.ngram import SuffixIndex
 from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
 from shoestring.decoding.drafters.recycle import SuccessorTable
+from shoestring.decoding.governor import Governor
 from shoestring.decoding.tune import StepCost
 from shoestring.errors import RequestError
 
@@ -59,6 +60,7 @@ class MergedDrafter:
         budget: the rows beside the last token's, whatever they cost; None leaves it to `cost`.
         top_k: successors remembered per token.
         rates: acceptance rates to start from (shared by the sequences of a request, so that all learn).
+        governor: rests the drafter where the clock says that drafts lose (shared likewise); None: it never rests.
     """
 
     name = "auto"
@@ -69,11 +71,13 @@ class MergedDrafter:
         budget: int | None = None,
         top_k: int = 8,
         rates: AcceptanceRates | None = None,
+        governor: Governor | None = None,
     ) -> None:
         if cost is None and budget is None:
             raise RequestError("the merged drafter needs a budget or the measured cost of a step")
         self._cost, self._budget, self._top_k = cost, budget, top_k
         self._rates = rates or AcceptanceRates()
+        self._governor = governor
         self._index = SuffixIndex(_LONGEST)
         self._table = SuccessorTable()
         self._tokens: list[int] = []
@@ -85,6 +89,8 @@ class MergedDrafter:
 
     def propose(self, context: Context, budget: int) -> Draft:
         """Grow the trie node by node in order of chance, then cut it where expected tokens/s is highest."""
+        if self._governor is not None and not self._governor.drafts():
+            return Draft()
         self._tokens = context.tokens
         self._index.extend(context.tokens)
         # A budget of the user's is obeyed; the measured cost only reaches as far as it was measured.
@@ -123,13 +129,15 @@ class MergedDrafter:
     def observe(self, step: StepObservation) -> None:
         """Count which guesses came true along the accepted path, then remember all rows' successors."""
         draft, tokens = step.draft, step.context.tokens
+        if self._governor is not None:
+            self._governor.ends(len(step.emitted), counts=step.first_row == 1)
+        if not draft.top_k:
+            return  # a plain step: nothing was guessed
         start = len(tokens) - len(step.emitted)
         for offset, token in enumerate(step.emitted):
             tail = tuple(tokens[max(0, start + offset - _LONGEST) : start + offset])
             for guessed, guess in self._all_guesses(tail):
                 self._rates.observe(guess, guessed == token)
-        if not draft.top_k:
-            return
         before = tokens[start - 2] if start > 1 else -1
         last = tokens[start - 1]
         for node in range(ROOT, len(draft)):
