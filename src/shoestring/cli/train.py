@@ -30,12 +30,13 @@ def train(
     """Train by a recipe into a run folder: config.yaml, metrics.jsonl, checkpoints, plots, result.json.
 
     A run that was stopped (Ctrl-C, a kill, a power cut) goes on with --resume, and ends with the weights of a run that was
-    not.
+    not. Several GPUs: torchrun --nproc-per-node 4 -m shoestring train RECIPE.
 
-    Example: shoestring train recipes/multi30k.yaml model.layers=2 --output runs/small
+    Example: shoestring train recipes/multi30k-paper.yaml model.layers=2 --output runs/small
     """
     from shoestring.training.folder import RunFolder
     from shoestring.training.recipe import read_recipe, task_of, validated
+    from shoestring.training.task import silent
 
     values = read_recipe(recipe, overrides or ())
     task = _task(task_of(values))
@@ -46,12 +47,14 @@ def train(
     if result is None:
         with training_line() as observer:
             try:
-                result = task.train(settings, folder, observer)
+                result = task.train(settings, folder, observer if folder.writes else silent)
             except KeyboardInterrupt:
                 note(f"stopped at a whole step; the same command with --resume goes on ({path})")
                 raise
     else:
         note(f"{path} is finished; this is what it came to")
+    if not folder.writes:  # one of several processes, and not the first: that one speaks
+        return
     if json:
         print_json({"run": str(path), **result})
         return

@@ -4,6 +4,7 @@ The model's `forward` takes a batch's tensors and `num_items_in_batch` (the labe
 step, over all processes), and gives a loss divided by it.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def resolved_device(name: str) -> str:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return "cuda"
+            return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(name.partition(":")[0]):
@@ -167,7 +168,7 @@ def resolved_precision(name: str, device: str) -> str:
     """`auto` as the precision that it stands for: bf16 on a GPU that computes in it, else fp32."""
     if name != "auto":
         return name
-    return "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
@@ -179,7 +180,7 @@ def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         gradient_accumulation_steps=recipe.accumulate,
         max_grad_norm=recipe.clip_norm,
         bf16=precision == "bf16",
-        tf32=True if precision == "tf32" and device == "cuda" else None,
+        tf32=True if precision == "tf32" and device.startswith("cuda") else None,
         use_cpu=device == "cpu",
         seed=recipe.seed,
         logging_steps=recipe.log_every,
@@ -190,6 +191,7 @@ def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         report_to="none",
         dataloader_pin_memory=False,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
     )
 
 

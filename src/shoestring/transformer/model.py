@@ -211,7 +211,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
     ) -> Seq2SeqLMOutput:
         """Logits [B, T, V] and, with `labels` (-100 where none counts), the label-smoothed loss.
 
-        The loss is the sum over the labels divided by `num_items_in_batch`, or their mean. Padding is on the right.
+        The loss is the sum over the labels divided by `num_items_in_batch`, or their mean. Padding is on the right. In
+        training only the loss is given: nothing else of a step's largest tensor is wanted.
         """
         captures: list[Capture] = [[] if output_attentions else None for _ in range(3)]
         if encoder_outputs is None:
@@ -239,7 +240,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         kept = [None if capture is None else tuple(capture) for capture in captures]
         return Seq2SeqLMOutput(
             loss=loss,
-            logits=logits,
+            logits=None if self.training and loss is not None else logits,
             past_key_values=past_key_values,
             encoder_last_hidden_state=memory,
             encoder_attentions=kept[0],
