@@ -101,6 +101,13 @@ def test_folder_refuses_what_would_be_overwritten(straight, tmp_path):
         train(tmp_path)
 
 
+def test_run_without_a_checkpoint_is_begun_anew(tmp_path):
+    with pytest.raises(TrainingError, match="no checkpoint yet"):
+        train(tmp_path / "run", poison=1)
+    _, folder = train(tmp_path / "run", learning_rate=0.02, steps=4)
+    assert len(folder.checkpoints()) == 1
+
+
 def test_resuming_a_run_that_has_all_steps_loads_it(straight):
     model, _ = train(straight[1].path, resume=True)
     assert same_weights(model, straight[0])

@@ -31,6 +31,8 @@ class RunFolder:
     def open(cls, path: Path, recipe: Recipe, *, resume: bool = False) -> "RunFolder":
         """Begin a run here, or with `resume` go on with the one that is here (begin it where there is none).
 
+        A run that came to no checkpoint is begun anew.
+
         Raises:
             RequestError: the folder holds a run and `resume` is not asked for, or a run of another recipe, or is full of
                 something else.
@@ -39,6 +41,8 @@ class RunFolder:
         if not folder.writes:
             return folder
         config = recipe.model_dump(mode="json")
+        if folder._config_file.is_file() and not folder.checkpoints():
+            shutil.rmtree(path)
         if folder._config_file.is_file():
             if not resume:
                 raise RequestError(
