@@ -92,13 +92,15 @@ def training_line() -> Iterator["Observer"]:
     status = errors().status("preparing") if live else None
 
     def observe(progress: "Progress") -> None:
-        numbers = "  ".join(f"{name} {_short(value)}" for name, value in progress.values.items())
-        left = "" if progress.seconds_left is None else f"  {_clock(progress.seconds_left)} left"
+        numbers = "  ".join(
+            f"{name} {_short(value)}" for name, value in progress.values.items() if name != "seconds"
+        )
+        left = "" if progress.seconds_left is None else f"{_clock(progress.seconds_left)} left  "
         where = f"{progress.step}/{progress.steps}  " if progress.steps else ""
         if status is not None and progress.kind == "train":
-            status.update(f"{where}{numbers}{left}")
+            status.update(f"{where}{left}{numbers}")
         else:
-            note(f"{progress.kind} {where}{numbers}{left}")
+            note(f"{progress.kind} {where}{left}{numbers}")
 
     if status is None:
         yield observe

@@ -58,9 +58,21 @@ def train(
     if json:
         print_json({"run": str(path), **result})
         return
-    for name, value in result.items():
-        console().print(f"{name}: {value}", markup=False)
+    import yaml
+
+    console().print(
+        yaml.safe_dump(_rounded(result), sort_keys=False, allow_unicode=True).rstrip(), markup=False
+    )
     note(f"the run is in {path}")
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers as a person reads them."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return round(value, 2) if isinstance(value, float) else value
 
 
 def _task(name: str) -> Any:

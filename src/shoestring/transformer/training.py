@@ -143,9 +143,10 @@ def _loss(model: Transformer, pairs: TokenPairs, recipe: TransformerRecipe) -> d
 
     total = count = 0.0
     for indices in pairs.plan(recipe.batch_tokens)(random.Random(0)):
-        batch = pairs.collate(indices)
+        batch: dict[str, Any] = pairs.collate(indices)
         tokens = int((batch["labels"] != -100).sum())
-        total += float(model.forward(**batch).loss) * tokens  # not compiled for these shapes, too
+        found: Any = model.forward(**batch)  # not compiled for these shapes, too
+        total += float(found.loss) * tokens
         count += tokens
     return {"loss": total / count}
 
