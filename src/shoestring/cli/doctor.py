@@ -18,6 +18,8 @@ __all__ = ["doctor"]
 
 _OPTIONAL = {
     "peft": ("adapters (adapter=...)", "pip install 'shoestring[train]'"),
+    "matplotlib": ("plots of runs and of attention", "pip install 'shoestring[train]'"),
+    "sacrebleu": ("translation scores", "pip install 'shoestring[evaluate]'"),
     "triton": ("fused GPU kernels", "installed with PyTorch for CUDA; see pytorch.org"),
 }
 
