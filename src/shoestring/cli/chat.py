@@ -35,6 +35,7 @@ def chat(
     adapter: opt.Adapter = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
     json: opt.Json = False,
 ) -> None:
     """Chat with a model; tokens accepted beyond the first of a step are tinted.
@@ -50,7 +51,13 @@ def chat(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
     }
-    source: dict[str, Any] = {"revision": revision, "adapter": adapter, "device": device, "dtype": dtype}
+    source: dict[str, Any] = {
+        "revision": revision,
+        "adapter": adapter,
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
+    }
     with loaded(model, decoding=(decoding,), **source) as language_model:
         if not language_model.has_chat_template:
             raise RequestError(

@@ -49,6 +49,7 @@ def generate(
     adapter: opt.Adapter = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
     json: opt.Json = False,
 ) -> None:
     """Generate text from a prompt, or from a file of prompts.
@@ -74,7 +75,13 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    source: dict[str, Any] = {"revision": revision, "adapter": adapter, "device": device, "dtype": dtype}
+    source: dict[str, Any] = {
+        "revision": revision,
+        "adapter": adapter,
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
+    }
     if input is not None:
         from shoestring.cli.files import generate_file
 

@@ -20,6 +20,7 @@ def loaded(
     adapter: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
     decoding: tuple[str, ...] = (),
 ) -> Iterator["LanguageModel"]:
     """Load the model; the progress bar is gone before the command prints.
@@ -34,7 +35,13 @@ def loaded(
         from shoestring.model import load
 
         language_model = load(
-            model, revision=revision, adapter=adapter, device=device, dtype=dtype, progress=report
+            model,
+            revision=revision,
+            adapter=adapter,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            progress=report,
         )
         if any(needs_step_cost(setting) for setting in settings):
             language_model.step_cost()
