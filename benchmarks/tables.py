@@ -142,8 +142,8 @@ def llama_cpp() -> str:
             )
         parts.append(
             f"{result['model']}, batch 1, greedy, {result['machine']}, llama-cpp-python {result['llama_cpp_python']}, "
-            f"commit {result['commit']} ([{name}](RESULTS/{name})); above 1x we are faster, medians over {result['rounds']} "
-            "interleaved rounds of one run:\n\n" + table(["", *kinds], rows)
+            f"commit {result['commit']} ([{name}](RESULTS/{name})); above 1x we are faster, medians over "
+            f"{result['rounds']} interleaved rounds of one run:\n\n" + table(["", *kinds], rows)
         )
     return "\n".join(parts)
 
