@@ -12,6 +12,7 @@ import torch
 from shoestring import hub
 from shoestring.decoding.decode import check_prompt
 from shoestring.decoding.drafters.protocol import Drafter
+from shoestring.decoding.look_ahead import LookAhead, load_look_ahead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.tune import StepCost, remembered_step_cost
 from shoestring.engine.hf_runner import HFRunner
@@ -33,6 +34,7 @@ def load(
     *,
     revision: str | None = None,
     adapter: str | None = None,
+    look_ahead: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Callable[[str, int, int | None], None] | None = None,
@@ -43,12 +45,14 @@ def load(
         model: a hub id, a local folder of safetensors, a `.gguf` file, or a bundled name ("smollm2-135m").
         revision: a branch, tag or commit of a hub id.
         adapter: a PEFT adapter's folder or hub id, merged into the weights.
+        look_ahead: look-ahead embeddings for PaSS: a file or a training run's folder; None: those that come with a
+            bundled model, "none": not even those.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto" is bfloat16 where the hardware computes in it, else float32.
         progress: called with (stage, done, total) while files are fetched or converted, or steps are timed.
 
     Raises:
-        RequestError: an unknown name, device or dtype.
+        RequestError: an unknown name, device or dtype, or look-ahead embeddings of another model.
         ModelFileError: broken, missing or pickled files.
         DownloadError: the model could not be fetched.
         UnsupportedModelError: the engine would not be right on this architecture.
@@ -62,6 +66,7 @@ def load(
         name=pretrained.name,
         progress=progress,
         runner=_fastest_runner(pretrained.model),
+        look_ahead=load_look_ahead(look_ahead, pretrained.model, pretrained.name),
     )
 
 
@@ -86,6 +91,7 @@ class LanguageModel:
         slots: the most sequences in one step.
         progress: called as ("measure", done, total) while the cost of steps is timed.
         runner: the body that runs the model; None: an `HFRunner`, which changes the module's attention.
+        look_ahead: embeddings for PaSS, checked against the model already.
     """
 
     def __init__(
@@ -97,9 +103,11 @@ class LanguageModel:
         slots: int = 8,
         progress: Callable[[str, int, int | None], None] | None = None,
         runner: Runner | None = None,
+        look_ahead: LookAhead | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.runner: Runner = runner or HFRunner(model)
+        self.look_ahead = look_ahead
         self._slots, self._progress = slots, progress
         self._step_cost: StepCost | None = None
         self._draft_runners: dict[str, Runner] = {}
@@ -192,8 +200,8 @@ class LanguageModel:
         Args:
             prompt: text (completed as it stands), messages (the tokenizer's chat template), token ids, or a list
                 of any of these.
-            decoding: "autoregressive", "lookahead", "ngram", "draft_model(model=...)", "auto", a settings object, or
-                a `Drafter` of your own. Every strategy gives the same tokens for the same seed.
+            decoding: "autoregressive", "lookahead", "ngram", "draft_model(model=...)", "pass", "auto", a settings
+                object, or a `Drafter` of your own. Every strategy gives the same tokens for the same seed.
             max_new_tokens: the most tokens of each text.
             temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingOptions`; 0 is greedy.
             stop: strings that end the text, left out of it.
@@ -322,7 +330,7 @@ class LanguageModel:
             self.runner,
             self.tokenizer,
             [self.encode(prompt) for prompt in prompts],
-            DraftingEnvironment(self.step_cost, self.draft_runner),
+            DraftingEnvironment(self.step_cost, self.draft_runner, self.look_ahead),
             eos_ids=self.eos_ids,
             slots=self._slots,
             **options,

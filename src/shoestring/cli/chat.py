@@ -33,6 +33,7 @@ def chat(
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
+    look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     json: opt.Json = False,
@@ -50,7 +51,13 @@ def chat(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
     }
-    source: dict[str, Any] = {"revision": revision, "adapter": adapter, "device": device, "dtype": dtype}
+    source: dict[str, Any] = {
+        "revision": revision,
+        "adapter": adapter,
+        "look_ahead": look_ahead,
+        "device": device,
+        "dtype": dtype,
+    }
     with loaded(model, decoding=(decoding,), **source) as language_model:
         if not language_model.has_chat_template:
             raise RequestError(

@@ -50,6 +50,7 @@ def compare(
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
+    look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     json: opt.Json = False,
@@ -67,7 +68,13 @@ def compare(
         check_text(text)
     texts: list[Any] = list(prompt or ()) if prompts is None else [row.prompt for row in read_rows(prompts)]
     names = decoding or ["lookahead", "ngram", "auto"]
-    source: dict[str, Any] = {"revision": revision, "adapter": adapter, "device": device, "dtype": dtype}
+    source: dict[str, Any] = {
+        "revision": revision,
+        "adapter": adapter,
+        "look_ahead": look_ahead,
+        "device": device,
+        "dtype": dtype,
+    }
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "stop": stop or (),

@@ -18,6 +18,7 @@ def loaded(
     *,
     revision: str | None = None,
     adapter: str | None = None,
+    look_ahead: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     decoding: tuple[str, ...] = (),
@@ -34,7 +35,13 @@ def loaded(
         from shoestring.model import load
 
         language_model = load(
-            model, revision=revision, adapter=adapter, device=device, dtype=dtype, progress=report
+            model,
+            revision=revision,
+            adapter=adapter,
+            look_ahead=look_ahead,
+            device=device,
+            dtype=dtype,
+            progress=report,
         )
         if any(needs_step_cost(setting) for setting in settings):
             language_model.step_cost()

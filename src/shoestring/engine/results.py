@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoestring.engine.sampling import SamplingOptions, next_token
+from shoestring.engine.sampling import SamplingOptions, likely_draws, next_token
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
 
@@ -79,6 +79,15 @@ class SlotResults:
         if not self._top_k:
             raise KeyError("the step was not asked for top_k")
         return self._top[self._index[row]]
+
+    def candidates(self, row: int, count: int) -> list[int]:
+        """The next token and the `count - 1` tokens that came nearest to being it."""
+        if self._sampling.greedy:
+            likely = self.top_k(row)
+        else:
+            position = self._cached + self._tree.depths[row] + 1
+            likely = likely_draws(self._logits[self._index[row]], self._sampling, position, count)
+        return list(dict.fromkeys([self.next_token(row), *likely]))[:count]
 
     def logits(self, row: int) -> Tensor:
         """The row's logits [V]."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shoestring.errors import RequestError
 
-__all__ = ["SamplingOptions", "next_token", "noise", "warp"]
+__all__ = ["SamplingOptions", "likely_draws", "next_token", "noise", "warp"]
 
 _PREFILTER = 256
 _MASK32 = 0xFFFFFFFF
@@ -105,6 +105,20 @@ def next_token(
         raise RequestError(_not_finite(allowed))
     tokens = torch.arange(logits.shape[-1], device=logits.device)
     return int((scores + noise(options, position, tokens)).argmax())
+
+
+def likely_draws(
+    logits: Float[Tensor, " V"], options: SamplingOptions, position: int, count: int
+) -> list[int]:
+    """Tokens that are likely to be drawn at `position` from logits near these, best first: the noise is known already.
+
+    Approximate on purpose (the likeliest 256 only, no penalty): for drafts.
+    """
+    values, tokens = logits.topk(min(_PREFILTER, logits.shape[-1]))
+    scores = warp(values.float(), options) + noise(options, position, tokens)
+    best = scores.topk(min(count, len(tokens)))
+    drawn: list[int] = tokens[best.indices[best.values > -math.inf]].tolist()
+    return drawn
 
 
 def warp(logits: Float[Tensor, "... V"], options: SamplingOptions) -> Float[Tensor, "... V"]:

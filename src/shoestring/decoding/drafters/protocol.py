@@ -146,6 +146,10 @@ class StepObservation:
         """The likeliest tokens after a node, as many as the draft asked for."""
         return self.results.top_k(self.first_row + node)
 
+    def candidates(self, node: int, count: int) -> list[int]:
+        """The token that follows a node and those nearest to being it, no more than the draft's `top_k`."""
+        return self.results.candidates(self.first_row + node, count)
+
 
 @runtime_checkable
 class Drafter(Protocol):
