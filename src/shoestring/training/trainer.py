@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from shoestring.errors import RequestError
 from shoestring.training.batches import BatchSampler, Plan
@@ -73,6 +80,7 @@ def train_model(
             optimizers=(optimizer, schedule),
             callbacks=[recorder],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.set_up(plan, recipe, folder, recorder)
         checkpoint = folder.last_checkpoint()
         step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
