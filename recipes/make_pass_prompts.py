@@ -47,7 +47,7 @@ CODE_ASKS = [
     "Write a Python function that {}.",
     "Write a Python function that {}, with a docstring and an example.",
     "Write a Python function that {}, and explain it line by line.",
-    "Complete this Python function:\n\n```python\ndef solve(value):\n    # {}\n```",
+    "Finish this code:\n\n```python\ndef solve(value):\n    # {}\n```",
     "Show two ways to write a Python function that {}. Which is better?",
 ]
 

@@ -128,3 +128,42 @@ def test_a_loaded_model_decodes_with_them(own):
     for decoding in ("pass(budget=12)", "pass(two_call=true,tokens=2)", "auto(budget=12)"):
         generation = model.generate(prompt, decoding=decoding, max_new_tokens=9)
         assert generation.token_ids == generate(plain_model("llama"), prompt, 9)
+
+
+def test_transformers_own_generate_takes_them(own, tmp_path):
+    own.save(tmp_path / FILE_NAME)
+    model, prompt = ADMITTED["llama"].build(), prompt_of(12)
+    inputs = torch.tensor([prompt])
+    options = {"attention_mask": torch.ones_like(inputs), "max_new_tokens": 9, "pad_token_id": 0}
+    output = model.generate(
+        inputs,
+        custom_generate=shoestring.custom_generate,
+        decoding="pass(budget=12)",
+        look_ahead=str(tmp_path),
+        **options,
+    )
+    assert output[0, 12:].tolist() == generate(plain_model("llama"), prompt, 9)
+
+
+def test_the_default_models_embeddings_come_with_the_package(smollm2):
+    shipped = bundled_look_ahead("smollm2-135m")
+    assert shipped is not None
+    assert shipped.manifest["base"]["name"] == "smollm2-135m"
+    assert shipped.manifest["results"]["base_unchanged"]
+    assert shipped.checked(smollm2.model, "smollm2-135m")
+    assert len(shipped.priors) == len(shipped) * 4
+    assert bundled_look_ahead("another") is None
+
+
+def test_they_save_steps(smollm2):
+    loaded = shoestring.LanguageModel(
+        smollm2.model,
+        smollm2.tokenizer,
+        runner=smollm2.runner,
+        look_ahead=load_look_ahead(None, smollm2.model, "smollm2-135m"),
+    )
+    prompt = [{"role": "user", "content": "List the days of the week."}]
+    plain = loaded.generate(prompt, decoding="autoregressive", max_new_tokens=32)
+    fused = loaded.generate(prompt, decoding="pass(budget=24)", max_new_tokens=32)
+    assert fused.token_ids == plain.token_ids
+    assert fused.steps < plain.steps

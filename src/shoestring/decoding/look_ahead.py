@@ -166,6 +166,8 @@ def read_look_ahead(path: str | Path) -> LookAhead:
 
 def bundled_look_ahead(name: str) -> LookAhead | None:
     """The embeddings that come with the package for a bundled model, if there are any."""
+    if name not in BUNDLED:
+        return None
     source = resources.files("shoestring.decoding") / "embeddings" / f"{name}.safetensors"
     with resources.as_file(source) as path:
         return read_look_ahead(path) if path.is_file() else None
@@ -184,7 +186,7 @@ def load_look_ahead(look_ahead: str | Path | None, model: torch.nn.Module, name:
     if look_ahead == "none":
         return None
     wanted = str(name if look_ahead is None else look_ahead)
-    found = bundled_look_ahead(wanted) if wanted in BUNDLED else None
+    found = bundled_look_ahead(wanted)
     if found is None and look_ahead is not None:
         found = read_look_ahead(look_ahead)
     return None if found is None else found.checked(model, name)

@@ -80,14 +80,13 @@ class SlotResults:
             raise KeyError("the step was not asked for top_k")
         return self._top[self._index[row]]
 
-    def candidates(self, row: int, count: int) -> list[int]:
-        """The next token and the `count - 1` tokens that came nearest to being it."""
-        if self._sampling.greedy:
-            likely = self.top_k(row)
-        else:
-            position = self._cached + self._tree.depths[row] + 1
-            likely = likely_draws(self._logits[self._index[row]], self._sampling, position, count)
-        return list(dict.fromkeys([self.next_token(row), *likely]))[:count]
+    def candidates(self, rows: Sequence[int], count: int) -> list[list[int]]:
+        """Per row, tokens likely to be the next under the slot's sampling options, best first: for drafts."""
+        if self._sampling.greedy or not rows:
+            return [self.top_k(row)[:count] for row in rows]
+        positions = [self._cached + self._tree.depths[row] + 1 for row in rows]
+        logits = self._logits[[self._index[row] for row in rows]]
+        return likely_draws(logits, self._sampling, positions, count)
 
     def logits(self, row: int) -> Tensor:
         """The row's logits [V]."""

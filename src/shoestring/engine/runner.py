@@ -62,8 +62,8 @@ class RowResults(Protocol):
     def top_k(self, row: int) -> list[int]:
         """The likeliest tokens, best first, as many as were asked for."""
 
-    def candidates(self, row: int, count: int) -> list[int]:
-        """The next token under the slot's sampling options and the tokens nearest to being it (at most `top_k`)."""
+    def candidates(self, rows: Sequence[int], count: int) -> list[list[int]]:
+        """Per row, tokens likely to be the next under the slot's sampling options, best first (at most `top_k`)."""
 
     def logits(self, row: int) -> Tensor:
         """The row's logits [V]."""

@@ -137,6 +137,7 @@ class LookAheadModel(PreTrainedModel):
         points: Int[Tensor, " M"],
         labels: Int[Tensor, "B M L"],
         num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """The loss, summed over the labels that count and divided by `num_items_in_batch`."""
         drafts, teacher = self.predictions(input_ids, points)

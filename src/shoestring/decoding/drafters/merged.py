@@ -23,6 +23,7 @@ __all__ = ["MergedDrafter"]
 
 _LONGEST = 6  # tokens of a suffix that is looked for
 _CANDIDATES = 3  # tokens taken from each look-ahead row
+_LEAST_VALUE = 0.002  # tokens that a look-ahead row must be expected to gain
 
 
 class MergedDrafter:
@@ -121,8 +122,9 @@ class MergedDrafter:
             gains.append(foreseen)
         values = [(chance, 0, node, True) for node, chance in enumerate(chances)]
         values += [
-            (max(end, 0.0) * gain, -place, node - 1, False)
+            (end * gain, -place, node - 1, False)
             for node, end in enumerate(ends)
+            if end * gains[0] > _LEAST_VALUE
             for place, gain in enumerate(gains)
         ]
         # A drafted row's chance is at most its parent's, and a look-ahead row's value that of the one above it.

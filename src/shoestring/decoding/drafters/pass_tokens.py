@@ -64,7 +64,7 @@ class LookAheadRows:
         chain: list[int] = []
         if step.draft is self._draft:  # else it was clipped: the context's end is near
             chain = self._chains.get(step.accepted[-1] if step.accepted else ROOT, [])
-        self.predictions = [step.candidates(row, self.candidates) for row in chain]
+        self.predictions = step.candidates(chain, self.candidates)
 
 
 @dataclass(frozen=True)
