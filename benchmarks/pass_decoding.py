@@ -188,7 +188,7 @@ def speed(
                 "steps": generation.steps,
                 "seconds": round(generation.seconds, 5),
             }
-        yield key, {"contenders": row, "step_cost_ms": cost_of(model)}
+        yield key, {"contenders": row, "step_cost_ms": cost_of(model), "processes": shards}
 
 
 def untrained(model: Any, most: int) -> dict[str, Any]:
@@ -215,12 +215,13 @@ def summarise(rows: ResumableRows, options: Any) -> dict[str, Any]:
     totals: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     texts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     costs: dict[str, float] = {}
+    processes = 1
     for key, row in rows.rows.items():
         kind, name, temperature, _, *contender = key.split("/", 4)
         cell = f"{name}, T={temperature}"
         if kind == "speed":
             texts[cell].append(row["contenders"])
-            costs = row["step_cost_ms"]
+            costs, processes = row["step_cost_ms"], row["processes"]
             continue
         total = totals[cell].setdefault(
             contender[0], {"texts": 0, "tokens": 0, "steps": 0, "rows": 0, "parted": []}
@@ -243,6 +244,7 @@ def summarise(rows: ResumableRows, options: Any) -> dict[str, Any]:
         "embeddings": trained_as(options.look_ahead or options.model),
         "steps": {cell: dict(sorted(found.items())) for cell, found in sorted(totals.items())},
         "step_cost_ms": costs,
+        "processes": processes,
         "speed": dict(sorted(speeds.items())),
     }
 

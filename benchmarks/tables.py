@@ -167,9 +167,9 @@ def pass_speed() -> str:
                 )
             rows.append(row)
         parts.append(
-            f"{result['model']}, {result['dtype']}, batch 1, {result['machine']}, commit {result['commit']}: tokens/s over "
-            f"plain decoding's in the same text, median and range over texts; tokens/step ([{name}](RESULTS/{name})):\n\n"
-            + table(["", *cells], rows)
+            f"{result['model']}, {result['dtype']}, batch 1, {result['processes']} processes at a time, "
+            f"{result['machine']}, commit {result['commit']}: tokens/s over plain decoding's in the same text, median and "
+            f"range over texts; tokens/step ([{name}](RESULTS/{name})):\n\n" + table(["", *cells], rows)
         )
     return "\n".join(parts) or "Not measured yet.\n"
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoestring.engine import admission
@@ -190,7 +191,8 @@ class LookAheadModel(PreTrainedModel):
             arguments["attention_mask"] = additive_mask(layout, base.dtype)
         if kept is not None and self._selects_rows:
             arguments["logits_to_keep"] = kept
-        with active_step(layout):
+        # Kernels that take any mask, and its gradients, on every device.
+        with active_step(layout), sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             logits: Tensor = base(
                 position_ids=layout.positions,
                 past_key_values=past,
