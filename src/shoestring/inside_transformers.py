@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shoestring.decoding.decode import Request, decode
 from shoestring.decoding.drafters.protocol import Drafter
-from shoestring.decoding.look_ahead import load_look_ahead
+from shoestring.decoding.look_ahead import Base, load_look_ahead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment, as_decoding
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.errors import RequestError
@@ -53,7 +53,7 @@ def custom_generate(
     if generation_config is None:
         raise RequestError("call it through generate(custom_generate=shoestring.custom_generate)")
     _refuse_unknown(logits_processor, generation_config)
-    embeddings = load_look_ahead(look_ahead, model, type(model).__name__)
+    embeddings = load_look_ahead(look_ahead, Base.of_module(model), type(model).__name__)
     language_model = LanguageModel(model, look_ahead=embeddings)
     try:
         settings = as_decoding(decoding)

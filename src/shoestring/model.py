@@ -12,7 +12,7 @@ import torch
 from shoestring import hub
 from shoestring.decoding.decode import check_prompt
 from shoestring.decoding.drafters.protocol import Drafter
-from shoestring.decoding.look_ahead import LookAhead, load_look_ahead
+from shoestring.decoding.look_ahead import Base, LookAhead, load_look_ahead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.tune import StepCost, remembered_step_cost
 from shoestring.engine.hf_runner import HFRunner
@@ -66,7 +66,7 @@ def load(
         name=pretrained.name,
         progress=progress,
         runner=_fastest_runner(pretrained.model),
-        look_ahead=load_look_ahead(look_ahead, pretrained.model, pretrained.name),
+        look_ahead=load_look_ahead(look_ahead, Base.of_module(pretrained.model), pretrained.name),
     )
 
 
@@ -107,7 +107,7 @@ class LanguageModel:
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.runner: Runner = runner or HFRunner(model)
-        self.look_ahead = look_ahead
+        self.look_ahead = look_ahead and look_ahead.placed(self.device, self.dtype)
         self._slots, self._progress = slots, progress
         self._step_cost: StepCost | None = None
         self._draft_runners: dict[str, Runner] = {}

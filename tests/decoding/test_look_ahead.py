@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 import shoestring
 from shoestring.decoding.look_ahead import (
     FILE_NAME,
+    Base,
     LookAhead,
     bundled_look_ahead,
-    describe_base,
     load_look_ahead,
     read_look_ahead,
 )
@@ -23,7 +23,7 @@ from shoestring.errors import ModelFileError, RequestError, UnsupportedModelErro
 @pytest.fixture
 def own():
     """Embeddings that say that they belong to the tiny Llama."""
-    base = {"name": "tiny", **describe_base(plain_model("llama"))}
+    base = {"name": "tiny", **Base.of_module(plain_model("llama")).describe()}
     return LookAhead(untrained(4).embeddings, {"base": base, "results": {"acceptance": [[0.5, 0.25]]}})
 
 
@@ -47,31 +47,32 @@ def test_fewer_are_the_first_ones(own):
 def test_the_model_itself_is_recognised_in_every_precision_and_a_little_changed(own):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = ADMITTED["llama"].build().to(dtype)
-        assert own.checked(model, "tiny").embeddings.dtype is dtype
+        assert own.checked(Base.of_module(model), "tiny") is own
+        assert shoestring.LanguageModel(model, look_ahead=own).look_ahead.embeddings.dtype is dtype
     descendant = ADMITTED["llama"].build()
     weight = descendant.get_input_embeddings().weight
     with torch.no_grad():
         weight += 0.02 * weight.std() * torch.randn_like(weight)
-    own.checked(descendant, "fine-tuned")
+    own.checked(Base.of_module(descendant), "fine-tuned")
 
 
 def test_another_model_is_refused_by_what_differs(own):
     with pytest.raises(RequestError, match=r"trained for tiny .*hidden_size 64\); big has 96"):
-        own.checked(ADMITTED["llama"].build(hidden_size=96), "big")
+        own.checked(Base.of_module(ADMITTED["llama"].build(hidden_size=96)), "big")
     with pytest.raises(RequestError, match=r"trained for tiny \(model_type llama\); other has mistral"):
-        own.checked(ADMITTED["mistral"].build(), "other")
+        own.checked(Base.of_module(ADMITTED["mistral"].build()), "other")
     with pytest.raises(
         RequestError, match=r"whose token embedding is another than that of twin \(\d+ of 199"
     ):
-        own.checked(ADMITTED["llama"].build(seed=1), "twin")
+        own.checked(Base.of_module(ADMITTED["llama"].build(seed=1)), "twin")
     with pytest.raises(RequestError, match="trained for another model"):
-        untrained().checked(plain_model("llama"), "tiny")
+        untrained().checked(Base.of_module(plain_model("llama")), "tiny")
 
 
 @pytest.mark.skipif(not ADMITTED["gemma3n"].exists, reason="no Gemma 3n in this version of transformers")
 def test_a_model_whose_layers_look_up_token_ids_is_refused(own):
     with pytest.raises(UnsupportedModelError, match="n: its layers look up token ids"):
-        own.checked(ADMITTED["gemma3n"].build(), "n")
+        own.checked(Base.of_module(ADMITTED["gemma3n"].build()), "n")
 
 
 def write(path, tensors, metadata):
@@ -112,14 +113,14 @@ def test_no_file_and_no_safetensors(tmp_path):
 
 
 def test_names(own, tmp_path):
-    model = plain_model("llama")
+    base = Base.of_module(plain_model("llama"))
     own.save(tmp_path / FILE_NAME)
-    assert load_look_ahead(None, model, "tiny") is None
-    assert load_look_ahead("none", model, "smollm2-135m") is None
-    assert len(load_look_ahead(str(tmp_path), model, "tiny")) == 4
+    assert load_look_ahead(None, base, "tiny") is None
+    assert load_look_ahead("none", base, "smollm2-135m") is None
+    assert len(load_look_ahead(str(tmp_path), base, "tiny")) == 4
     if bundled_look_ahead("smollm2-135m") is not None:
         with pytest.raises(RequestError, match="trained for smollm2-135m"):
-            load_look_ahead("smollm2-135m", model, "tiny")
+            load_look_ahead("smollm2-135m", base, "tiny")
 
 
 def test_a_loaded_model_decodes_with_them(own):
@@ -150,7 +151,7 @@ def test_the_default_models_embeddings_come_with_the_package(smollm2):
     assert shipped is not None
     assert shipped.manifest["base"]["name"] == "smollm2-135m"
     assert shipped.manifest["results"]["base_unchanged"]
-    assert shipped.checked(smollm2.model, "smollm2-135m")
+    assert shipped.checked(Base.of_module(smollm2.model), "smollm2-135m")
     assert len(shipped.priors) == len(shipped) * 4
     assert bundled_look_ahead("another") is None
 
@@ -160,7 +161,7 @@ def test_they_save_steps(smollm2):
         smollm2.model,
         smollm2.tokenizer,
         runner=smollm2.runner,
-        look_ahead=load_look_ahead(None, smollm2.model, "smollm2-135m"),
+        look_ahead=load_look_ahead(None, Base.of_module(smollm2.model), "smollm2-135m"),
     )
     prompt = [{"role": "user", "content": "List the days of the week."}]
     plain = loaded.generate(prompt, decoding="autoregressive", max_new_tokens=32)

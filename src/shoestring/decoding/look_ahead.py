@@ -8,7 +8,7 @@ and fine-tuned descendants of the base pass; two unrelated models agree in about
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -23,7 +23,7 @@ from shoestring.engine.admission import text_config
 from shoestring.errors import ModelFileError, RequestError, UnsupportedModelError
 from shoestring.hub.catalogue import BUNDLED
 
-__all__ = ["LookAhead", "bundled_look_ahead", "describe_base", "load_look_ahead", "read_look_ahead"]
+__all__ = ["Base", "LookAhead", "bundled_look_ahead", "load_look_ahead", "read_look_ahead"]
 
 FILE_NAME = "look_ahead.safetensors"
 _TENSOR, _MANIFEST, _FORMAT = "look_ahead", "shoestring", 1
@@ -69,33 +69,36 @@ class LookAhead:
             raise RequestError(f"pass: tokens is {tokens}, and {len(self)} look-ahead embeddings are loaded")
         return replace(self, embeddings=self.embeddings[:tokens])
 
-    def checked(self, model: torch.nn.Module, name: str) -> "LookAhead":
-        """These embeddings on the model's device, if they belong to the model.
+    def checked(self, base: "Base", name: str) -> "LookAhead":
+        """These embeddings, if they belong to the model.
 
         Raises:
             RequestError: they were trained for another model.
             UnsupportedModelError: the model cannot take input embeddings without token ids.
         """
-        if getattr(text_config(model), "hidden_size_per_layer_input", 0):
+        if getattr(base.config, "hidden_size_per_layer_input", 0):
             raise UnsupportedModelError(
                 f"{name}: its layers look up token ids of their own, which look-ahead embeddings do not have"
             )
-        base, own = self.manifest.get("base", {}), describe_base(model)
+        trained = self.manifest.get("base", {})
         for size in _SIZES:
-            if base.get(size) != own[size]:
+            if trained.get(size) != (own := getattr(base.config, size, None)):
                 raise RequestError(
-                    f"these look-ahead embeddings were trained for {base.get('name', 'another model')} "
-                    f"({size} {base.get(size)}); {name} has {own[size]}"
+                    f"these look-ahead embeddings were trained for {trained.get('name', 'another model')} "
+                    f"({size} {trained.get(size)}); {name} has {own}"
                 )
-        theirs, ours = base.get("landmarks", []), own["landmarks"]
+        theirs, ours = trained.get("landmarks", []), base.landmarks()
         agreeing = sum(a == b for a, b in zip(theirs, ours, strict=False))
         if len(theirs) != len(ours) or agreeing < _LEAST_AGREEING * len(ours):
             raise RequestError(
-                f"these look-ahead embeddings were trained for {base.get('name', 'another model')}, whose token "
+                f"these look-ahead embeddings were trained for {trained.get('name', 'another model')}, whose token "
                 f"embedding is another than that of {name} ({agreeing} of {len(ours)} landmarks agree)"
             )
-        weight = _token_embedding(model)
-        return replace(self, embeddings=self.embeddings.to(weight.device, weight.dtype))
+        return self
+
+    def placed(self, device: torch.device, dtype: torch.dtype) -> "LookAhead":
+        """These embeddings where and as the model computes."""
+        return replace(self, embeddings=self.embeddings.to(device, dtype))
 
     def save(self, path: Path) -> None:
         """Write the file (atomically)."""
@@ -109,13 +112,38 @@ class LookAhead:
         part.replace(path)
 
 
-def describe_base(model: torch.nn.Module) -> dict[str, Any]:
-    """What a model is recognised by: its configuration's sizes and its token embedding's landmarks."""
-    config, weight = text_config(model), _token_embedding(model)
-    rows = min(_LANDMARKS, weight.shape[0])
-    index = torch.arange(rows, device=weight.device) * weight.shape[0] // rows
-    landmarks: list[int] = weight.detach()[index].float().abs().argmax(-1).tolist()
-    return {**{size: getattr(config, size, None) for size in _SIZES}, "landmarks": landmarks}
+@dataclass(frozen=True)
+class Base:
+    """What a model is recognised by.
+
+    Args:
+        config: of its text tower.
+        rows: token ids -> their rows of the token embedding, [n, E] in any float type.
+    """
+
+    config: Any
+    rows: Callable[[list[int]], Tensor]
+
+    @classmethod
+    def of_module(cls, model: torch.nn.Module) -> "Base":
+        """A transformers module in memory."""
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        return cls(text_config(model), lambda ids: weight.detach()[torch.tensor(ids, device=weight.device)])
+
+    def landmarks(self) -> list[int]:
+        """Where the largest component lies in evenly spaced rows of the token embedding."""
+        count = int(self.config.vocab_size)
+        ids = (
+            [index * count // _LANDMARKS for index in range(_LANDMARKS)]
+            if count > _LANDMARKS
+            else range(count)
+        )
+        found: list[int] = self.rows(list(ids)).float().abs().argmax(-1).tolist()
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """The sizes and landmarks, as a manifest holds them."""
+        return {**{size: getattr(self.config, size, None) for size in _SIZES}, "landmarks": self.landmarks()}
 
 
 def read_look_ahead(path: str | Path) -> LookAhead:
@@ -173,7 +201,7 @@ def bundled_look_ahead(name: str) -> LookAhead | None:
         return read_look_ahead(path) if path.is_file() else None
 
 
-def load_look_ahead(look_ahead: str | Path | None, model: torch.nn.Module, name: str) -> LookAhead | None:
+def load_look_ahead(look_ahead: str | Path | None, base: Base, name: str) -> LookAhead | None:
     """The embeddings that a user names, checked against the model.
 
     `look_ahead` is a file, a run folder, a bundled model's name, "none", or None for those that come with the
@@ -189,9 +217,4 @@ def load_look_ahead(look_ahead: str | Path | None, model: torch.nn.Module, name:
     found = bundled_look_ahead(wanted)
     if found is None and look_ahead is not None:
         found = read_look_ahead(look_ahead)
-    return None if found is None else found.checked(model, name)
-
-
-def _token_embedding(model: torch.nn.Module) -> Tensor:
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    return weight
+    return None if found is None else found.checked(base, name)

@@ -8,7 +8,7 @@ import torch
 from transformers import set_seed
 
 from shoestring import hub
-from shoestring.decoding.look_ahead import FILE_NAME, LookAhead, describe_base
+from shoestring.decoding.look_ahead import FILE_NAME, Base, LookAhead
 from shoestring.errors import MissingDependencyError, TrainingError
 from shoestring.finetuning.pass_acceptance import Acceptance, measure_acceptance, plot_acceptance
 from shoestring.finetuning.pass_examples import examples_of, length_batches
@@ -105,7 +105,7 @@ def train_pass(recipe: PassRecipe, folder: RunFolder, observer: Observer = silen
         manifest = {
             "base": {
                 "name": pretrained.name,
-                **describe_base(base),
+                **Base.of_module(base).describe(),
                 "sha256": before,
                 "precision": precision,
             },
