@@ -196,11 +196,10 @@ def untrained(model: Any, most: int) -> dict[str, Any]:
     from shoestring.decoding.look_ahead import LookAhead
     from shoestring.finetuning.pass_model import initial_embeddings
 
-    weight = model.model.get_input_embeddings().weight
     found: dict[str, Any] = {}
     for how in ("mean", "random"):
         vectors = initial_embeddings(model.model, most, how)  # type: ignore[arg-type]
-        found[how] = LookAhead(vectors.to(weight.device, weight.dtype))
+        found[how] = LookAhead(vectors).placed(model.device, model.dtype)
     return found
 
 

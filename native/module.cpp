@@ -4,10 +4,8 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu_features.hpp"
-#if defined(SHOESTRING_NATIVE_STEP)
 #include "quantized_bindings.hpp"
 #include "step_bindings.hpp"
-#endif
 
 namespace nb = nanobind;
 
@@ -15,8 +13,6 @@ NB_MODULE(_native, module) {
   module.doc() = "Native kernels of Shoestring.";
   module.def("cpu_features", &shoestring::cpu_features,
              "Vector instruction sets that this processor and its operating system let us use.");
-#if defined(SHOESTRING_NATIVE_STEP)
   shoestring::bind_step(module);
   shoestring::bind_quantized(module);
-#endif
 }

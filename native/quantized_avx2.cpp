@@ -39,6 +39,15 @@ struct Avx2Decoder {
     store(out, nibbles(load16(p + 4)), load_half(p), load_half(p + 2));
   }
 
+  static void decode(Q5_0, const uint8_t* p, int, WeightBlock* out) {
+    const __m256i q = _mm256_or_si256(nibbles(load16(p + 6)), fifth_bits(p + 2));
+    store(out, _mm256_sub_epi8(q, _mm256_set1_epi8(16)), load_half(p), 0);
+  }
+
+  static void decode(Q5_1, const uint8_t* p, int, WeightBlock* out) {
+    store(out, _mm256_or_si256(nibbles(load16(p + 8)), fifth_bits(p + 4)), load_half(p), load_half(p + 2));
+  }
+
   static void decode(Q4_K, const uint8_t* p, int, WeightBlock* out) {
     const float d = load_half(p), dmin = load_half(p + 2);
     for (int j = 0; j < 8; ++j) {
@@ -85,6 +94,16 @@ struct Avx2Decoder {
   }
 
  private:
+  // Bit i of the word at `p`, as 16 in byte i.
+  static __m256i fifth_bits(const uint8_t* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    const __m256i bytes = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i place = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+    const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(word), bytes), place);
+    return bits(_mm256_cmpeq_epi8(spread, place), 16);
+  }
+
   static void store_k(WeightBlock* out, __m256i q, const uint8_t* packed, int j, float d, float dmin) {
     int scale, minimum;
     k_scale_min(packed, j, &scale, &minimum);

@@ -67,6 +67,59 @@ struct Decoder<Q4_1> {
   }
 };
 
+// Where a word of fifth bits sets them: bytes of inputs 4k..4k+3 in each lane.
+SHOESTRING_INLINE __mmask64 fifth_bits(__m512i words, int k) {
+  const __m512i lane = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0x00000000);
+  const __m512i byte = _mm512_shuffle_epi8(words, _mm512_add_epi8(lane, _mm512_set1_epi8(static_cast<char>(k / 2))));
+  return _mm512_test_epi8_mask(byte, _mm512_set1_epi32(k % 2 ? static_cast<int>(0x80402010u) : 0x08040201));
+}
+
+template <>
+struct Decoder<Q5_0> {
+  static constexpr Scaling kScaling = Scaling::symmetric;
+  template <class Emit>
+  static SHOESTRING_INLINE void decode(RowBytes rows, Emit&& emit) {
+    // 8 * q = 8 * (q - 16) + 128: the fifth bit on top of the byte.
+    const __m512i place = _mm512_set1_epi8(0x78), top = _mm512_set1_epi8(-128);
+    __m512i pairs[4];
+    (rows + 6).transpose16(pairs);
+    const __m512i words = (rows + 2).words();
+    TileBlock block;
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const __m512i low = _mm512_and_si512(_mm512_slli_epi16(pairs[k], 3), place);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs[k], 1), place);
+      block.u[k] = _mm512_mask_add_epi8(low, fifth_bits(words, k), low, top);
+      block.u[4 + k] = _mm512_mask_add_epi8(high, fifth_bits(words, 4 + k), high, top);
+    }
+    block.d = block.e = _mm512_mul_ps(low_halves(rows.words()), _mm512_set1_ps(1.0f / 8));
+    emit(0, block);
+  }
+};
+
+template <>
+struct Decoder<Q5_1> {
+  static constexpr Scaling kScaling = Scaling::minimum;
+  template <class Emit>
+  static SHOESTRING_INLINE void decode(RowBytes rows, Emit&& emit) {
+    const __m512i lower = _mm512_set1_epi8(15), fifth = _mm512_set1_epi8(16);
+    __m512i pairs[4];
+    (rows + 8).transpose16(pairs);
+    const __m512i bits = (rows + 4).words(), words = rows.words();
+    TileBlock block;
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const __m512i low = _mm512_and_si512(pairs[k], lower);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs[k], 4), lower);
+      block.u[k] = _mm512_mask_add_epi8(low, fifth_bits(bits, k), low, fifth);
+      block.u[4 + k] = _mm512_mask_add_epi8(high, fifth_bits(bits, 4 + k), high, fifth);
+    }
+    block.d = low_halves(words);
+    block.e = high_halves(words);
+    emit(0, block);
+  }
+};
+
 // The first 16 bytes of a q4_k or q5_k block of 16 rows.
 struct KScales {
   __m512 d, minus_dmin;
@@ -165,17 +218,19 @@ struct Decoder<Q6_K> {
     for (int half = 0; half < 2; ++half) {
       __m512i upper[8];
       (rows + (128 + 32 * half)).transpose32(upper);
+      __m512i nibbles[2][8];
+      (rows + 64 * half).transpose32(nibbles[0]);
+      (rows + (64 * half + 32)).transpose32(nibbles[1]);
+      // In the order of the inputs, in which all kernels sum.
 #pragma GCC unroll 2
-      for (int odd = 0; odd < 2; ++odd) {
-        __m512i nibbles[8];
-        (rows + (64 * half + 32 * odd)).transpose32(nibbles);
+      for (int high = 0; high < 2; ++high) {
 #pragma GCC unroll 2
-        for (int high = 0; high < 2; ++high) {
+        for (int odd = 0; odd < 2; ++odd) {
           const int j = 4 * half + 2 * high + odd;
           TileBlock block;
 #pragma GCC unroll 8
           for (int k = 0; k < 8; ++k) {
-            const __m512i nibble = high ? _mm512_srli_epi16(nibbles[k], 2) : _mm512_slli_epi16(nibbles[k], 2);
+            const __m512i nibble = high ? _mm512_srli_epi16(nibbles[odd][k], 2) : _mm512_slli_epi16(nibbles[odd][k], 2);
             const __m512i top = _mm512_slli_epi16(upper[k], 6 - 2 * (j % 4));
             block.u[k] = _mm512_or_si512(_mm512_and_si512(nibble, nibble_place), _mm512_and_si512(top, upper_place));
           }
@@ -220,16 +275,20 @@ template <class Format>
 SHOESTRING_INLINE void multiply_one(RowBytes rows, int64_t blocks, const uint8_t* x, float* y, __mmask16 mask) {
   constexpr int kBlocks = Format::kCols / kBlockCols;
   const auto* xb = reinterpret_cast<const ActivationBlock*>(x);
-  __m512 sum = _mm512_setzero_ps();
+  __m512 sum = _mm512_setzero_ps(), total = sum;
   // The next sixteen rows follow these; read ahead of the many short streams that a prefetcher would have to track.
   Ahead ahead{rows.p + kTileRows * rows.stride, kTileRows * Format::kBytes};
   for (int64_t b = 0; b < blocks; b += kBlocks, rows = rows + Format::kBytes) {
+    if (b > 0 && b % kChunkBlocks == 0) {  // summed in the order of `multiply_many`: a row's result is the same in every step
+      total = b == kChunkBlocks ? sum : _mm512_add_ps(sum, total);
+      sum = _mm512_setzero_ps();
+    }
     ahead.fetch();
     Decoder<Format>::decode(rows, [&](int j, const TileBlock& w) __attribute__((always_inline)) {
       sum = multiply_add<Decoder<Format>::kScaling>(sum, w, xb[b + j]);
     });
   }
-  store_sums(y, mask, sum, false);
+  store_sums(y, mask, blocks > kChunkBlocks ? _mm512_add_ps(sum, total) : sum, false);
 }
 
 template <class Format>
@@ -292,6 +351,8 @@ const Kernel* avx512_vnni_kernel(WeightType type) {
     case WeightType::q8_0: return kernel<Q8_0>();
     case WeightType::q4_0: return kernel<Q4_0>();
     case WeightType::q4_1: return kernel<Q4_1>();
+    case WeightType::q5_0: return kernel<Q5_0>();
+    case WeightType::q5_1: return kernel<Q5_1>();
     case WeightType::q4_k: return kernel<Q4_K>();
     case WeightType::q5_k: return kernel<Q5_K>();
     case WeightType::q6_k: return kernel<Q6_K>();

@@ -1,5 +1,7 @@
-// AVX-512: f16 weights with f32 activations. Up to six activation rows: four weight rows at once, along the inputs.
-// More: sixteen weight rows as lanes, a chunk of them widened and transposed in the first-level cache.
+// AVX-512: f16 weights with f32 activations: sixteen weight rows as lanes, a chunk of them widened and transposed in the
+// first-level cache. Narrow matrices and odd widths: four weight rows at once, along the inputs.
+//
+// The shape of the matrix decides which, never the number of activation rows: a row's result is the same in every step.
 #include "quantized_avx512.hpp"
 
 namespace shoestring {
@@ -101,7 +103,7 @@ void multiply_many(RowBytes rows, int64_t cols, const uint8_t* x, size_t x_strid
 void multiply(const Matrix& w, const uint8_t* x, size_t x_stride, int T, int64_t first, int64_t last, float* y,
               int64_t y_stride) {
   int64_t row = first;
-  if (T > kFewRows && w.cols % 8 == 0 && w.rows >= kTileRows) {
+  if (w.cols % 8 == 0 && w.rows >= kTileRows) {
     for (; row < last; row += kTileRows) {
       const int64_t start = row < w.rows - kTileRows ? row : w.rows - kTileRows;
       multiply_many({w.data + 2 * start * w.cols, 2 * w.cols}, w.cols, x, x_stride, T, y + start, y_stride,

@@ -98,6 +98,33 @@ struct Q4_1 {  // d, m | nibbles[16]
   }
 };
 
+// Bit i of the word at `p` as the fifth bit of weight i.
+inline int fifth_bit(const uint8_t* p, int i) { return (p[i / 8] >> (i % 8) & 1) << 4; }
+
+struct Q5_0 {  // d | fifth bits[4] | nibbles[16]
+  static constexpr int kCols = 32, kRows = 1, kBytes = 22;
+  static constexpr bool kMinimum = false, kHalves = false;
+  static void decode(const uint8_t* p, int, WeightBlock* out) {
+    for (int i = 0; i < 16; ++i) {
+      out->q[i] = static_cast<int8_t>(((p[6 + i] & 15) | fifth_bit(p + 2, i)) - 16);
+      out->q[16 + i] = static_cast<int8_t>((p[6 + i] >> 4 | fifth_bit(p + 2, 16 + i)) - 16);
+    }
+    set_scale(out, load_half(p), 0);
+  }
+};
+
+struct Q5_1 {  // d, m | fifth bits[4] | nibbles[16]
+  static constexpr int kCols = 32, kRows = 1, kBytes = 24;
+  static constexpr bool kMinimum = true, kHalves = false;
+  static void decode(const uint8_t* p, int, WeightBlock* out) {
+    for (int i = 0; i < 16; ++i) {
+      out->q[i] = static_cast<int8_t>((p[8 + i] & 15) | fifth_bit(p + 4, i));
+      out->q[16 + i] = static_cast<int8_t>(p[8 + i] >> 4 | fifth_bit(p + 4, 16 + i));
+    }
+    set_scale(out, load_half(p), load_half(p + 2));
+  }
+};
+
 // 6-bit scale and minimum of sub-block j of a q4_k or q5_k block, from its 12 packed bytes.
 inline void k_scale_min(const uint8_t* packed, int j, int* scale, int* minimum) {
   if (j < 4) {
@@ -201,6 +228,8 @@ bool with_format(WeightType type, Function&& f) {
     case WeightType::q8_0: f(Q8_0{}); return true;
     case WeightType::q4_0: f(Q4_0{}); return true;
     case WeightType::q4_1: f(Q4_1{}); return true;
+    case WeightType::q5_0: f(Q5_0{}); return true;
+    case WeightType::q5_1: f(Q5_1{}); return true;
     case WeightType::q4_k: f(Q4_K{}); return true;
     case WeightType::q5_k: f(Q5_K{}); return true;
     case WeightType::q6_k: f(Q6_K{}); return true;

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 
@@ -16,12 +16,15 @@ from shoestring.decoding.look_ahead import Base, LookAhead, load_look_ahead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.tune import StepCost, remembered_step_cost
 from shoestring.engine.hf_runner import HFRunner
-from shoestring.engine.native_runner import NativeRunner
+from shoestring.engine.native_loading import native_runner_of
+from shoestring.engine.native_runner import NativeRunner, why_not, why_not_built
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError, UnsupportedModelError, suggest
 from shoestring.generation import Generation, Message, Piece, Prompt, Score, Session, as_batch
+from shoestring.hub.cache import Progress
+from shoestring.quantization import check_quantize
 
 __all__ = ["LanguageModel", "load"]
 
@@ -37,7 +40,8 @@ def load(
     look_ahead: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    progress: Callable[[str, int, int | None], None] | None = None,
+    quantize: str | None = None,
+    progress: Progress | None = None,
 ) -> "LanguageModel":
     """Load a language model.
 
@@ -48,8 +52,10 @@ def load(
         look_ahead: look-ahead embeddings for PaSS: a file or a training run's folder; None: those that come with a
             bundled model, "none": not even those.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps".
-        dtype: "auto" is bfloat16 where the hardware computes in it, else float32.
-        progress: called with (stage, done, total) while files are fetched or converted, or steps are timed.
+        dtype: "auto" is bfloat16 where the hardware computes in it, else float32; a GGUF file's tensors then stay as they
+            lie in it, on a CPU that has the native step.
+        quantize: "int8" or "int4": weights are rounded once, kept in the cache, and read by the native step (CPU).
+        progress: called with (stage, done, total) while files are fetched, converted or packed, or steps are timed.
 
     Raises:
         RequestError: an unknown name, device or dtype, or look-ahead embeddings of another model.
@@ -57,91 +63,162 @@ def load(
         DownloadError: the model could not be fetched.
         UnsupportedModelError: the engine would not be right on this architecture.
     """
-    pretrained = hub.load_pretrained(
-        model, revision=revision, adapter=adapter, dtype=dtype, device=device, progress=progress
+    check_quantize(quantize)
+    hub.check_dtype(dtype)
+    place = hub.device_of(device)
+    computed = hub.torch_dtype(dtype, place)
+    whole = functools.partial(
+        hub.load_pretrained, model, revision=revision, adapter=adapter, dtype=dtype, device=device
     )
-    return LanguageModel(
-        pretrained.model,
-        pretrained.tokenizer,
-        name=pretrained.name,
-        progress=progress,
-        runner=_fastest_runner(pretrained.model),
-        look_ahead=load_look_ahead(look_ahead, Base.of_module(pretrained.model), pretrained.name),
+    make = functools.partial(
+        LanguageModel, name=str(model), dtype=dtype, progress=progress, load_module=lambda: whole().model
     )
-
-
-def _fastest_runner(model: torch.nn.Module) -> Runner:
-    """The native step on a CPU for the architectures that it knows, else transformers' own modules."""
-    device, dtype = next((p.device, p.dtype) for p in model.parameters())
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+    why = f"device {place} is not a CPU"
+    if place.type == "cpu":
         try:
-            return NativeRunner.from_module(model)
+            if computed not in (torch.float32, torch.bfloat16):
+                raise UnsupportedModelError(f"the native step has no {dtype}")
+            return _load_native(make, model, revision, adapter, look_ahead, dtype, quantize, whole, progress)
+        except UnsupportedModelError as error:
+            why = str(error)
+    if quantize is not None:
+        raise UnsupportedModelError(f"quantize={quantize!r} needs the native step on a CPU: {why}")
+    pretrained = whole(progress=progress)
+    found = load_look_ahead(look_ahead, Base.of_module(pretrained.model), str(model))
+    return make(pretrained.model, pretrained.tokenizer, look_ahead=found)
+
+
+def _load_native(
+    make: "Callable[..., LanguageModel]",
+    model: str,
+    revision: str | None,
+    adapter: str | None,
+    look_ahead: str | None,
+    dtype: str,
+    quantize: str | None,
+    whole: Callable[..., hub.Pretrained],
+    progress: Progress | None,
+) -> "LanguageModel":
+    """The native step over the model's files; over a module in memory where an adapter is merged or names differ."""
+    reason = why_not_built()
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    computed = hub.torch_dtype(dtype, torch.device("cpu"))
+    if adapter is None:
+        source = hub.open_source(model, revision=revision, dtype=dtype, quantize=quantize, progress=progress)
+        reason = why_not(source.config)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        try:
+            runner = native_runner_of(source, computed, quantize=quantize, progress=progress)
         except UnsupportedModelError:
-            return HFRunner(model)
-    return HFRunner(model)
+            pass  # transformers may know how to read these names
+        else:
+            return make(
+                None,
+                source.tokenizer,
+                runner=runner,
+                look_ahead=load_look_ahead(look_ahead, Base.of_source(source), str(model)),
+                config=source.config,
+                generation_config=source.generation_config,
+            )
+    pretrained = whole(progress=progress)
+    module: Any = pretrained.model
+    runner = NativeRunner.from_module(module, quantize=quantize)
+    return make(
+        None,
+        pretrained.tokenizer,
+        runner=runner,
+        look_ahead=load_look_ahead(look_ahead, Base.of_module(module), str(model)),
+        config=module.config,
+        generation_config=module.generation_config,
+    )
 
 
 class LanguageModel:
     """A causal language model behind the engine. `load` makes one; so does any HF model already in memory.
 
     Args:
-        model: the HF module, unmodified; `close` gives it its own attention back.
+        model: the HF module, unmodified; `close` gives it its own attention back. None where `runner` needs none.
         tokenizer: transformers' tokenizer, or None to work with token ids only.
         name: for messages.
         slots: the most sequences in one step.
         progress: called as ("measure", done, total) while the cost of steps is timed.
         runner: the body that runs the model; None: an `HFRunner`, which changes the module's attention.
         look_ahead: embeddings for PaSS, checked against the model already.
+        config, generation_config: the module's own unless given.
+        dtype: what `load` was asked for; draft models are loaded alike.
+        load_module: makes the HF module where someone asks for it and none is in memory.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | None,
         tokenizer: Any = None,
         *,
         name: str = "model",
         slots: int = 8,
-        progress: Callable[[str, int, int | None], None] | None = None,
+        progress: Progress | None = None,
         runner: Runner | None = None,
         look_ahead: LookAhead | None = None,
+        config: Any = None,
+        generation_config: Any = None,
+        dtype: str | None = None,
+        load_module: Callable[[], torch.nn.Module] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.runner: Runner = runner or HFRunner(model)
+        if runner is None and model is None:
+            raise RequestError("a language model needs a module, or a runner that needs none")
+        self.tokenizer, self.name = tokenizer, name
+        self.config: Any = config if model is None else model.config
+        self.runner: Runner = runner or HFRunner(cast(torch.nn.Module, model))
+        self._module, self._load_module, self._dtype = model, load_module, dtype
+        self._generation_config = generation_config or getattr(model, "generation_config", None)
         self.look_ahead = look_ahead and look_ahead.placed(self.device, self.dtype)
         self._slots, self._progress = slots, progress
         self._step_cost: StepCost | None = None
         self._draft_runners: dict[str, Runner] = {}
 
     def __repr__(self) -> str:
-        return f"LanguageModel({self.name!r}, {self.dtype}, {self.device})"
+        return f"LanguageModel({self.name!r}, {self.runner.weights}, {self.device})"
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The HF module; where the native step runs the files themselves, it is loaded beside them when first asked for.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if self._module is None:
+            if self._load_module is None:
+                raise RequestError(f"{self.name} has no HF module")
+            self._module = self._load_module()
+        return self._module
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the weights compute in."""
-        dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
-        return dtype
+        """The type that activations are computed in, or rounded to between layers."""
+        return self.runner.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        device: torch.device = self.model.device  # type: ignore[assignment]
-        return device
+        return self.runner.device
 
     @property
     def eos_ids(self) -> list[int]:
         """All token ids that end a text: the generation config's and the tokenizer's."""
-        config = getattr(self.model, "generation_config", None)
-        ids = getattr(config, "eos_token_id", None)
+        ids = getattr(self._generation_config, "eos_token_id", None)
         found = list(ids) if isinstance(ids, list | tuple) else [ids]
         found.append(getattr(self.tokenizer, "eos_token_id", None))
         return sorted({int(token) for token in found if token is not None})
 
     @property
     def description(self) -> str:
-        """The model, its parameters, its type, where it runs and which body runs it."""
-        count = sum(parameter.numel() for parameter in self.model.parameters())
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.name}: {count / 1e6:,.0f}M parameters, {dtype}, {self.runner.description}"
+        """The model, its parameters, how they are stored and which body runs it."""
+        runner = self.runner
+        return (
+            f"{self.name}: {runner.parameters / 1e6:,.0f}M parameters, {runner.weights}, {runner.description}"
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -151,7 +228,7 @@ class LanguageModel:
     @property
     def generation_defaults(self) -> dict[str, Any]:
         """Sampling settings that the model's makers recommend in its generation config; greedy if it samples not."""
-        config = getattr(self.model, "generation_config", None)
+        config = self._generation_config
         if config is None or not config.do_sample:
             return {}
         names = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -343,7 +420,7 @@ class LanguageModel:
             RequestError: the two models' tokenizers differ.
         """
         if name not in self._draft_runners:
-            small = load(name, device=str(self.device), dtype=str(self.dtype).split(".")[1])
+            small = load(name, device=str(self.device), dtype=self._dtype or str(self.dtype).split(".")[1])
             ours, theirs = self.tokenizer, small.tokenizer
             if ours is None or theirs is None or ours.get_vocab() != theirs.get_vocab():
                 raise RequestError(
@@ -355,7 +432,7 @@ class LanguageModel:
     def _fingerprint(self) -> str:
         from shoestring import __version__
 
-        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
+        config = self.config.to_dict()
         config.pop("_name_or_path", None)
         device = self.device
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
@@ -363,6 +440,7 @@ class LanguageModel:
             config,
             str(self.dtype),
             str(device),
+            self.runner.weights,
             self.runner.description,
             hardware,
             torch.__version__,

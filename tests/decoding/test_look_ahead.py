@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import ADMITTED
 from comparing import generate, plain_model, prompt_of, untrained
+from folders import write_gguf, write_llama
 from safetensors.torch import save_file
 
 import shoestring
@@ -18,6 +19,7 @@ from shoestring.decoding.look_ahead import (
     read_look_ahead,
 )
 from shoestring.errors import ModelFileError, RequestError, UnsupportedModelError
+from shoestring.hub import load_pretrained, open_source
 
 
 @pytest.fixture
@@ -110,6 +112,16 @@ def test_no_file_and_no_safetensors(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ModelFileError, match="text is not a safetensors file"):
         read_look_ahead(tmp_path / "text")
+
+
+def test_files_are_recognised_without_a_module(tmp_path):
+    folder = write_llama(tmp_path / "folder")
+    module = load_pretrained(folder, dtype="float32").model
+    assert Base.of_source(open_source(folder)).describe() == Base.of_module(module).describe()
+    gguf = write_gguf(tmp_path / "tiny.gguf")
+    found = Base.of_source(open_source(gguf)).describe()
+    assert found == Base.of_module(load_pretrained(gguf, dtype="float32").model).describe()
+    assert found != Base.of_source(open_source(folder)).describe()
 
 
 def test_names(own, tmp_path):

@@ -21,8 +21,6 @@ from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError, UnsupportedModelError
 
 native = pytest.importorskip("shoestring._native", reason="built without the native part")
-if not hasattr(native, "Model"):
-    pytest.skip("built without SHOESTRING_NATIVE_STEP", allow_module_level=True)
 PROMPT = prompt_of(30)
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,12 +24,14 @@ from shoestring.decoding.drafters.rates import Guess
 from shoestring.engine.admission import text_config
 from shoestring.errors import ModelFileError, RequestError, UnsupportedModelError
 from shoestring.hub.catalogue import BUNDLED
+from shoestring.hub.source import ModelSource
 
 __all__ = ["Base", "LookAhead", "bundled_look_ahead", "load_look_ahead", "read_look_ahead"]
 
 FILE_NAME = "look_ahead.safetensors"
 _TENSOR, _MANIFEST, _FORMAT = "look_ahead", "shoestring", 1
 _SIZES = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")
+_FLOATS = MappingProxyType({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 _LANDMARKS = 256
 _LEAST_AGREEING = 0.75
 
@@ -129,6 +133,21 @@ class Base:
         """A transformers module in memory."""
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
         return cls(text_config(model), lambda ids: weight.detach()[torch.tensor(ids, device=weight.device)])
+
+    @classmethod
+    def of_source(cls, source: ModelSource) -> "Base":
+        """A model whose weights lie in files, under the names of the native step: only the rows asked for are read."""
+        stored = source.tensors["embed_tokens.weight"]
+
+        def rows(ids: list[int]) -> Tensor:
+            data = np.array(source.maps()["embed_tokens.weight"].reshape(stored.shape[0], -1)[ids])
+            if stored.dtype in _FLOATS:
+                return torch.from_numpy(data).view(_FLOATS[stored.dtype])
+            from gguf import GGMLQuantizationType, quants
+
+            return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[stored.dtype]))
+
+        return cls(source.config.get_text_config(decoder=True), rows)
 
     def landmarks(self) -> list[int]:
         """Where the largest component lies in evenly spaced rows of the token embedding."""

@@ -15,6 +15,7 @@ from shoestring.decoding.drafters.ngram import NgramDrafter
 from shoestring.decoding.drafters.pass_tokens import PassDrafter, TwoCallPassDrafter
 from shoestring.decoding.drafters.protocol import Drafter
 from shoestring.decoding.drafters.rates import AcceptanceRates
+from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.tune import StepCost
 from shoestring.engine.runner import Runner
@@ -43,6 +44,7 @@ class DraftingEnvironment:
     step_cost: Callable[[], StepCost]
     load_draft_runner: Callable[[str], Runner]
     look_ahead: LookAhead | None = None
+    governor: Governor = field(default_factory=Governor)
     rates: AcceptanceRates = field(init=False)
 
     def __post_init__(self) -> None:
@@ -217,7 +219,10 @@ class Auto:
         cost = None if self.budget is not None else environment.step_cost()
         if cost is not None and not cost.pays():
             return None
-        return MergedDrafter(cost, self.budget, rates=environment.rates, look_ahead=look_ahead)
+        governor = None if cost is None else environment.governor
+        return MergedDrafter(
+            cost, self.budget, rates=environment.rates, look_ahead=look_ahead, governor=governor
+        )
 
 
 Decoding = Autoregressive | Lookahead | Ngram | DraftModel | Pass | Auto

@@ -65,6 +65,22 @@ class HFRunner:
         return self._device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
+        return dtype
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def weights(self) -> str:
+        """How the matrices are stored."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def description(self) -> str:
         """What runs."""
         return f"transformers' modules on {self._device}"

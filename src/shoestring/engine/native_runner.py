@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -9,32 +10,42 @@ import torch
 
 from shoestring.engine import admission
 from shoestring.engine.native_cache import NativeCache
-from shoestring.engine.native_weights import (
-    NativeConfig,
-    NativeMatrix,
-    as_native,
-    config_of,
-    tensors_of,
-)
+from shoestring.engine.native_weights import NativeConfig, as_native, config_of, tensors_of
 from shoestring.engine.native_weights import why_not as why_not_config
 from shoestring.engine.results import NOT_FINITE, SlotResults
 from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError, UnsupportedModelError
+from shoestring.quantization import WeightMatrix, WeightType
 
-__all__ = ["NativeRunner", "why_not"]
+__all__ = ["NativeRunner", "why_not", "why_not_built"]
+
+
+_STORED = MappingProxyType(
+    {
+        WeightType.F32: "float32",
+        WeightType.F16: "float16",
+        WeightType.BF16: "bfloat16",
+        WeightType.BF16_TILES: "bfloat16",
+        WeightType.INT8_TILES: "int8",
+        WeightType.INT4_TILES: "int4",
+    }
+)
+
+
+def why_not_built() -> str | None:
+    """Why there is no native step here; None where there is one."""
+    try:
+        from shoestring import _native  # noqa: F401
+    except ImportError as error:
+        return f"the native part of Shoestring is not installed ({error}); reinstall where there is a C++ compiler"
+    return None
 
 
 def why_not(config: Any) -> str | None:
     """Why the native step cannot run here, or not this HF text configuration; None where it can."""
-    try:
-        from shoestring import _native
-    except ImportError as error:
-        return f"the native part of Shoestring is not installed ({error}); reinstall where there is a C++ compiler"
-    if not hasattr(_native, "Model"):
-        return "the native step was not built (install with -C cmake.define.SHOESTRING_NATIVE_STEP=ON)"
-    return why_not_config(config)
+    return why_not_built() or why_not_config(config.get_text_config(decoder=True))
 
 
 class NativeRunner:
@@ -54,22 +65,18 @@ class NativeRunner:
     def __init__(
         self,
         config: NativeConfig,
-        tensors: Mapping[str, NativeMatrix],
+        tensors: Mapping[str, WeightMatrix],
         *,
         threads: int | None = None,
         instruction_set: str | None = None,
     ) -> None:
-        try:
-            from shoestring import _native
-        except ImportError as error:
-            raise UnsupportedModelError(
-                f"the native part of Shoestring is not installed ({error}); reinstall where there is a C++ compiler"
-            ) from error
-        if not hasattr(_native, "Model"):
-            raise UnsupportedModelError(
-                "the native step was not built (install with -C cmake.define.SHOESTRING_NATIVE_STEP=ON)"
-            )
+        reason = why_not_built()
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        from shoestring import _native
+
         self.config = config
+        self._tensors = tensors
         try:
             self._model: Any = _native.Model(
                 *as_native(config, tensors), threads or _native.available_processors(), instruction_set or ""
@@ -81,16 +88,18 @@ class NativeRunner:
         self._trees: dict[int, TokenTree] = {}
 
     @classmethod
-    def from_module(cls, model: torch.nn.Module, **options: Any) -> "NativeRunner":
-        """A runner with the weights of a loaded HF module: float32 shared, others packed in bfloat16.
+    def from_module(
+        cls, model: torch.nn.Module, *, quantize: str | None = None, **options: Any
+    ) -> "NativeRunner":
+        """A runner with the weights of a loaded HF module: float32 shared, others packed (`quantize`: how).
 
         Raises:
             UnsupportedModelError: the native part is missing, or cannot run this model.
         """
-        reason = why_not(admission.text_config(model))
+        reason = why_not(model.config)
         if reason is not None:
             raise UnsupportedModelError(reason)
-        return cls(config_of(model, admission.max_positions(model)), tensors_of(model), **options)
+        return cls(config_of(model, admission.max_positions(model)), tensors_of(model, quantize), **options)
 
     @property
     def vocab_size(self) -> int:
@@ -108,9 +117,29 @@ class NativeRunner:
         return torch.device("cpu")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are kept in; all else is float32."""
+        return torch.bfloat16 if self.config.bf16_cache else torch.float32
+
+    @property
     def description(self) -> str:
         """What runs: the instruction set and the threads."""
         return f"native step ({self.instruction_set}, {self.threads} threads)"
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold."""
+        return sum(matrix.rows * matrix.cols for matrix in self._tensors.values())
+
+    @property
+    def weights(self) -> str:
+        """How the matrices are stored, the largest share first."""
+        shares: dict[str, int] = {}
+        for matrix in self._tensors.values():
+            if matrix.rows > 1:
+                name = _STORED.get(matrix.type, matrix.type.name.lower())
+                shares[name] = shares.get(name, 0) + matrix.rows * matrix.cols
+        return ", ".join(sorted(shares, key=lambda name: -shares[name]))
 
     @property
     def threads(self) -> int:

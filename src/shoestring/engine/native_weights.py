@@ -1,12 +1,11 @@
 """What the native step needs to know of a model: its configuration as numbers, and its weights where they lie.
 
-`why_not` reads an HF configuration and says what the native step cannot do; `config_of` and `tensors_of` turn a loaded
-HF module into a `NativeConfig` and named `NativeMatrix`es. A GGUF file can be described by the same two classes.
+`why_not` reads an HF configuration and says what the native step cannot do; `config_of` and `tensors_of` turn an HF
+module into a `NativeConfig` and named `WeightMatrix`es.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -14,42 +13,13 @@ import torch
 from torch import Tensor
 
 from shoestring.errors import UnsupportedModelError
+from shoestring.quantization import WeightMatrix, WeightType, pack, weight_type_for
 
-__all__ = ["NativeConfig", "NativeMatrix", "WeightType", "config_of", "tensors_of", "why_not"]
+__all__ = ["NativeConfig", "as_native", "config_of", "named_weights", "tensors_of", "why_not"]
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ONE_CENTRED_NORMS = {"gemma", "gemma2", "gemma3_text"}
 _KINDS = {"llama", "mistral", "qwen2", "qwen3", "smollm3", *_ONE_CENTRED_NORMS}
-
-
-class WeightType(IntEnum):
-    """How a matrix lies in memory; GGUF's types keep ggml's numbers."""
-
-    F32 = 0
-    F16 = 1
-    Q4_0 = 2
-    Q4_1 = 3
-    Q8_0 = 8
-    Q4_K = 12
-    Q5_K = 13
-    Q6_K = 14
-    BF16 = 30
-    BF16_TILES = 1000
-    INT8_TILES = 1001
-    INT4_TILES = 1002
-
-
-@dataclass(frozen=True)
-class NativeMatrix:
-    """A weight `[rows, cols]` as it lies in `data`, any contiguous buffer (an array, a memory-mapped file's part).
-
-    Norms and biases are matrices of one row.
-    """
-
-    type: WeightType
-    rows: int
-    cols: int
-    data: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +88,12 @@ def why_not(config: Any) -> str | None:
     return None
 
 
-def config_of(model: torch.nn.Module, max_positions: int | None) -> NativeConfig:
-    """The configuration of a loaded HF module.
+def config_of(
+    model: torch.nn.Module, max_positions: int | None, dtype: torch.dtype | None = None
+) -> NativeConfig:
+    """The configuration of an HF module, whose parameters may be on the meta device.
+
+    `dtype`: what it computes in, where that is not its embedding's type.
 
     Raises:
         UnsupportedModelError: with what `why_not` says.
@@ -139,6 +113,7 @@ def config_of(model: torch.nn.Module, max_positions: int | None) -> NativeConfig
     scale = getattr(config, "query_pre_attn_scalar", None) if kind in {"gemma2", "gemma3_text"} else None
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     embedding_scale = getattr(embedding, "embed_scale", None)
+    dtype = dtype or embedding.weight.dtype
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     return NativeConfig(
         hidden_size=config.hidden_size,
@@ -155,36 +130,37 @@ def config_of(model: torch.nn.Module, max_positions: int | None) -> NativeConfig
         attention_softcap=float(getattr(config, "attn_logit_softcapping", None) or 0),
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0),
         # Rounded as the module rounds it.
-        embedding_scale=1.0
-        if embedding_scale is None
-        else float(torch.as_tensor(embedding_scale).to(embedding.weight.dtype)),
+        embedding_scale=1.0 if embedding_scale is None else float(torch.as_tensor(embedding_scale).to(dtype)),
         activation=_ACTIVATIONS[activation],
         norm_adds_one=kind in _ONE_CENTRED_NORMS,
-        bf16_cache=embedding.weight.dtype != torch.float32,
+        bf16_cache=dtype != torch.float32,
         max_positions=max_positions,
     )
 
 
-def tensors_of(model: torch.nn.Module) -> dict[str, NativeMatrix]:
-    """The weights of a loaded HF module: float32 as they lie, others in bfloat16, packed in tiles.
+def tensors_of(model: torch.nn.Module, quantize: str | None = None) -> dict[str, WeightMatrix]:
+    """The weights of a loaded HF module: float32 as they lie, others packed in bfloat16, or all as `quantize` says.
 
     Raises:
         UnsupportedModelError: a weight that is not a plain float tensor on the CPU (quantised modules, other devices).
     """
+    return {name: _matrix(name, weight, quantize) for name, weight in named_weights(model).items()}
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """An HF module's weights by their names below the decoder, and the head's where it is not the embedding."""
     body = _body(model)
-    tensors = {}
-    for name, parameter in body.named_parameters():
-        tensors[name] = _matrix(name, parameter.detach())
+    weights = {name: parameter.detach() for name, parameter in body.named_parameters()}
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head.weight is not body.embed_tokens.weight:
-        tensors["lm_head.weight"] = _matrix("lm_head.weight", head.weight.detach())
+        weights["lm_head.weight"] = head.weight.detach()
     if getattr(head, "bias", None) is not None:
-        tensors["lm_head.bias"] = _matrix("lm_head.bias", head.bias.detach())
-    return tensors
+        weights["lm_head.bias"] = head.bias.detach()
+    return weights
 
 
 def as_native(
-    config: NativeConfig, tensors: Mapping[str, NativeMatrix]
+    config: NativeConfig, tensors: Mapping[str, WeightMatrix]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two dictionaries that the native model is made from."""
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "max_positions"}
@@ -235,17 +211,11 @@ def _ropes(rotary: Any, config: Any) -> tuple[tuple[tuple[np.ndarray, float], ..
     return tables, tuple(kinds.index(kind) for kind in config.layer_types)
 
 
-def _matrix(name: str, weight: Tensor) -> NativeMatrix:
+def _matrix(name: str, weight: Tensor, quantize: str | None) -> WeightMatrix:
     if weight.device.type != "cpu" or not weight.is_floating_point() or type(weight.data) is not Tensor:
         raise UnsupportedModelError(
             f"the native step runs plain float weights on the CPU; {name} is {weight.dtype} on {weight.device}"
         )
-    if weight.dim() == 1:
-        return NativeMatrix(WeightType.F32, 1, weight.shape[0], weight.float().contiguous().numpy())
-    rows, cols = weight.shape
-    if weight.dtype == torch.float32:
-        return NativeMatrix(WeightType.F32, rows, cols, weight.contiguous().numpy())
-    from shoestring import _native
-
-    halves = weight.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
-    return NativeMatrix(WeightType.BF16_TILES, rows, cols, _native.pack_bf16_tiles(halves, rows, cols))
+    if quantize is None and weight.dtype == torch.float32:
+        return pack(weight, WeightType.F32)
+    return pack(weight, weight_type_for(name, tuple(weight.shape), quantize))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from shoestring.engine.sampling import SamplingOptions
@@ -94,6 +95,22 @@ class Runner(Protocol):
     @property
     def max_positions(self) -> int | None:
         """The most positions the model can be right on; None where nothing limits them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that activations are computed in, or rounded to between layers."""
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold."""
+
+    @property
+    def weights(self) -> str:
+        """How the weights are stored, for people: "bfloat16", "int8", "q4_1, q8_0"."""
 
     @property
     def description(self) -> str:

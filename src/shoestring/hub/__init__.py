@@ -3,20 +3,26 @@
 from shoestring.hub.cache import cache_root, folder_bytes
 from shoestring.hub.catalogue import BUNDLED, BundledModel
 from shoestring.hub.inventory import ModelInfo, list_models, remove_model
-from shoestring.hub.pretrained import Pretrained, load_pretrained
-from shoestring.hub.resolving import resolve
+from shoestring.hub.pretrained import Pretrained, device_of, load_pretrained, torch_dtype
+from shoestring.hub.resolving import check_dtype, resolve
+from shoestring.hub.source import ModelSource, open_source
 from shoestring.hub.verify import verify_folder
 
 __all__ = [
     "BUNDLED",
     "BundledModel",
     "ModelInfo",
+    "ModelSource",
     "Pretrained",
     "cache_root",
+    "check_dtype",
+    "device_of",
     "folder_bytes",
     "list_models",
     "load_pretrained",
+    "open_source",
     "remove_model",
     "resolve",
+    "torch_dtype",
     "verify_folder",
 ]

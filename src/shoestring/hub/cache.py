@@ -15,6 +15,7 @@ from shoestring.errors import RequestError, ShoestringError
 
 __all__ = [
     "Progress",
+    "alone",
     "cache_root",
     "file_sha256",
     "folder_bytes",
@@ -94,6 +95,22 @@ def whole_folder(target: Path) -> Iterator[Path]:
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(path: Path, within: Path) -> Iterator[Path]:
+    """A link to `path`, alone in a private folder below `within`: nothing beside the user's file can take part."""
+    private = within / ".source"
+    private.mkdir()
+    try:
+        link = private / f"model{path.suffix}"
+        try:
+            link.symlink_to(path.resolve())
+        except OSError:
+            os.link(path.resolve(), link)
+        yield link
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def file_sha256(path: Path, progress: Progress | None = None) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from shoestring.errors import DownloadError
-from shoestring.hub.cache import Progress, file_sha256, locked, require_space, subfolder
+from shoestring.hub.cache import Progress, file_sha256, locked, remembered_sha256, require_space, subfolder
 from shoestring.hub.catalogue import BundledModel
 
 __all__ = ["bundled_gguf_path", "fetch_bundled"]
@@ -57,7 +57,7 @@ def fetch_bundled(model: BundledModel, progress: Progress | None = None) -> Path
 
 def _is_pinned(path: Path, model: BundledModel) -> bool:
     whole = path.is_file() and path.stat().st_size == model.gguf_bytes
-    return whole and file_sha256(path) == model.gguf_sha256
+    return whole and remembered_sha256(path) == model.gguf_sha256
 
 
 def _installed(model: BundledModel) -> Path | None:

@@ -2,19 +2,17 @@
 
 import contextlib
 import io
-import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from shoestring.errors import MissingDependencyError, ModelFileError, ShoestringError, suggest
-from shoestring.hub.cache import Progress, locked, require_space, subfolder, whole_folder, write_json
+from shoestring.hub.cache import Progress, alone, locked, require_space, subfolder, whole_folder, write_json
 from shoestring.hub.gguf_header import GgufHeader, read_gguf_header
 from shoestring.hub.gguf_rope import mend_rope
-from shoestring.hub.gguf_tokenizer import end_token_ids, implied_settings, mend_tokenizer
+from shoestring.hub.gguf_tokenizer import end_token_ids, save_tokenizer
 from shoestring.hub.quiet import quiet_transformers
 from shoestring.hub.verify import verify_folder
 
@@ -50,6 +48,11 @@ def convert_gguf(
         if not _is_whole(target):  # another process may have made it while this one waited
             path = source()
             header = read_gguf_header(path)
+            if len(header.parts) > 1:
+                raise ModelFileError(
+                    f"{path} is one part of a split GGUF, which cannot be converted (it runs as it lies, on the CPU with "
+                    "dtype auto): join the parts first (llama-gguf-split --merge)"
+                )
             stored = "bfloat16" if dtype == "auto" else dtype
             needed = header.parameters * _BYTES[stored] + _SPARE
             require_space(target.parent, needed, f"converting {path.name}")
@@ -68,25 +71,20 @@ def _is_whole(folder: Path) -> bool:
 def _write(header: GgufHeader, part: Path, dtype: str, sha256: str, progress: Progress | None) -> None:
     if progress:
         progress("convert", 0, None)
-    private = part / ".source"  # nothing that lies beside the user's file may take part
-    private.mkdir()
     try:
-        link = private / "model.gguf"
-        try:
-            link.symlink_to(header.path.resolve())
-        except OSError:
-            os.link(header.path.resolve(), link)
         # the loader's own bar obeys no switch, so it draws into the void
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            alone(header.path, part) as link,
+            quiet_transformers(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             _save_model(header, link, part, dtype)
             if "tokenizer.ggml.tokens" in header.metadata:
-                _save_tokenizer(header, link, part)
+                save_tokenizer(header, link, part)
     except ShoestringError:
         raise
     except Exception as error:
         raise _explain(header, error) from error
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
     for path in part.rglob("*.safetensors"):
         path.chmod(0o644)  # the writer's own mode shuts out a shared cache's other users
     verify_folder(part)
@@ -129,19 +127,6 @@ def _dense() -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _save_tokenizer(header: GgufHeader, link: Path, part: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        link.parent, gguf_file=link.name, local_files_only=True, **implied_settings(header)
-    )
-    mend_tokenizer(tokenizer, header)
-    length = header.metadata.get(f"{header.architecture}.context_length")
-    if isinstance(length, int):
-        tokenizer.model_max_length = length
-    tokenizer.save_pretrained(part)
 
 
 def _explain(header: GgufHeader, error: Exception) -> ShoestringError:

@@ -1,4 +1,4 @@
-"""A GGUF file's metadata and tensor table, every count and offset checked against the file's size."""
+"""A GGUF model's metadata and tensor table, every count and offset checked against its files' sizes."""
 
 import math
 import mmap
@@ -14,13 +14,15 @@ from shoestring.errors import ModelFileError
 
 __all__ = ["GgufHeader", "TensorEntry", "read_gguf_header"]
 
+_BROKEN = "{path} is a broken GGUF file: {reason}"
+
 _FORMATS = MappingProxyType(
     {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 )
 _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 1 << 20
 _MAX_DIMENSIONS = 4
-_SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+_SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,17 @@ class TensorEntry:
     ggml_type: int
     start: int
     nbytes: int
+    path: Path
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says about itself."""
+    """What a GGUF model says about itself; `parts` are its files, more than one where it is split."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
+    parts: tuple[Path, ...]
 
     @property
     def architecture(self) -> str:
@@ -54,13 +58,43 @@ class GgufHeader:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read and check the header of one whole GGUF file.
+    """Read and check the headers of a GGUF model: of one file, or of all parts of a split one (name any of them).
 
     Raises:
         ModelFileError: one line that names the file and what is wrong with it.
     """
-    if (split := _SPLIT.search(path.name)) and int(split[1]) > 1:
-        raise _split_error(path)
+    paths = _parts(path)
+    first = _read_part(paths[0])
+    said = first.metadata.get("split.count", 1) or 1
+    if said != len(paths):
+        raise ModelFileError(
+            f"{paths[0]} is one of {said!r} parts of a split GGUF, and the names of its files say {len(paths)}"
+        )
+    tensors = dict(first.tensors)
+    for part in paths[1:]:
+        for name, entry in _read_part(part).tensors.items():
+            if name in tensors:
+                raise ModelFileError(f"{part} repeats the tensor {name!r} of an earlier part")
+            tensors[name] = entry
+    if not tensors:
+        raise ModelFileError(_BROKEN.format(path=path, reason="it lists no tensors"))
+    return GgufHeader(paths[0], first.metadata, MappingProxyType(tensors), tuple(paths))
+
+
+def _parts(path: Path) -> list[Path]:
+    split = _SPLIT.match(path.name)
+    if split is None or int(split[3]) <= 1:
+        return [path]
+    count = int(split[3])
+    paths = [path.with_name(f"{split[1]}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
+    if missing := [part for part in paths if not part.is_file()]:
+        raise ModelFileError(
+            f"{path} is one part of a split GGUF of {count}, and {missing[0].name} is not beside it"
+        )
+    return paths
+
+
+def _read_part(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -70,13 +104,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
                 return _Reader(path, view).header()
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _split_error(path: Path) -> ModelFileError:
-    return ModelFileError(
-        f"{path} is one part of a split GGUF, which is not read: join the parts first "
-        "(llama-gguf-split --merge) or use the safetensors"
-    )
 
 
 class _Reader:
@@ -92,22 +119,26 @@ class _Reader:
         for _ in range(pair_count):
             key = self._string()
             metadata[key] = self._value(self._number("I"))
-        if not isinstance(metadata.get("general.architecture"), str):
+        later_part = isinstance(number := metadata.get("split.no"), int) and number > 0
+        if not later_part and not isinstance(metadata.get("general.architecture"), str):
             raise self._broken("it names no general.architecture")
-        if metadata.get("split.count", 1) not in (0, 1):
-            raise _split_error(self.path)
         table = [self._table_entry() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
             raise self._broken(f"its alignment is {alignment!r}")
         start = -(-self.at // alignment) * alignment
         tensors = {entry.name: entry for entry in (self._placed(start, *row) for row in table)}
-        if len(tensors) != tensor_count or not tensors:
+        if len(tensors) != tensor_count:
             raise self._broken(f"it lists {tensor_count} tensors, {len(tensors)} by different names")
-        return GgufHeader(self.path, MappingProxyType(metadata), MappingProxyType(tensors))
+        end = start
+        for entry in sorted(tensors.values(), key=lambda entry: entry.start):
+            if entry.start < end:
+                raise self._broken(f"tensor {entry.name!r} overlaps the one before it")
+            end = entry.start + entry.nbytes
+        return GgufHeader(self.path, MappingProxyType(metadata), MappingProxyType(tensors), (self.path,))
 
     def _broken(self, reason: str) -> ModelFileError:
-        return ModelFileError(f"{self.path} is a broken GGUF file: {reason}")
+        return ModelFileError(_BROKEN.format(path=self.path, reason=reason))
 
     def _take(self, length: int) -> int:
         """Advance by `length` bytes; return where they start."""
@@ -165,11 +196,11 @@ class _Reader:
         except (ValueError, KeyError):
             raise self._broken(f"tensor {name!r} is of the unknown type {ggml_type}") from None
         elements = math.prod(shape)
-        if elements % block:
-            raise self._broken(f"tensor {name!r} has {elements} values, not a multiple of {block}")
+        if not shape or not elements or shape[0] % block:
+            raise self._broken(f"tensor {name!r} has the shape {list(shape)}, not of whole blocks of {block}")
         nbytes = elements // block * block_bytes
         if start + offset + nbytes > self.size:
             raise self._broken(
                 f"it is cut short: tensor {name!r} ends at byte {start + offset + nbytes} of {self.size}"
             )
-        return TensorEntry(name, shape, ggml_type, start + offset, nbytes)
+        return TensorEntry(name, shape, ggml_type, start + offset, nbytes, self.path)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Pretrained", "load_pretrained"]
+__all__ = ["Pretrained", "device_of", "load_config", "load_pretrained", "load_tokenizer", "torch_dtype"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -58,18 +58,23 @@ def load_pretrained(
         UnsupportedModelError: transformers has no causal language model of its type.
     """
     check_dtype(dtype)
-    place = _device(device)
+    place = device_of(device)
     folder = resolve(name, revision=revision, dtype=dtype, progress=progress)
     adapter_folder = resolve_adapter(adapter, progress) if adapter is not None else None
-    tokenizer = _load_tokenizer(folder)
-    model = _load_model(folder, _torch_dtype(dtype, place))
+    tokenizer = load_tokenizer(folder)
+    model = _load_model(folder, torch_dtype(dtype, place))
     if adapter_folder is not None:
         model = _merge(model, adapter_folder)
     return Pretrained(model.to(place).eval(), tokenizer, folder, str(name))
 
 
-def _load_model(folder: Path, dtype: "torch.dtype") -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load_config(folder: Path) -> Any:
+    """The folder's configuration, of a causal language model.
+
+    Raises:
+        UnsupportedModelError: transformers has no causal language model of its type.
+    """
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     with quiet_transformers():
@@ -77,10 +82,18 @@ def _load_model(folder: Path, dtype: "torch.dtype") -> Any:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             raise UnsupportedModelError(f"{folder / 'config.json'}: {_first_line(error)}") from error
-        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise UnsupportedModelError(
-                f"{folder}: transformers has no causal language model of type {config.model_type!r}"
-            )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModelError(
+            f"{folder}: transformers has no causal language model of type {config.model_type!r}"
+        )
+    return config
+
+
+def _load_model(folder: Path, dtype: "torch.dtype") -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder)
+    with quiet_transformers():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -104,7 +117,12 @@ def _load_model(folder: Path, dtype: "torch.dtype") -> Any:
     return model
 
 
-def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
+    """The folder's tokenizer; None where it has none.
+
+    Raises:
+        ModelFileError: it is broken.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
@@ -137,7 +155,12 @@ def _merge(model: Any, folder: Path) -> Any:
     return merged
 
 
-def _device(device: "str | torch.device") -> "torch.device":
+def device_of(device: "str | torch.device") -> "torch.device":
+    """The device of a name; "auto" is the first GPU, else the CPU.
+
+    Raises:
+        RequestError: an unknown name, or a device that is not here.
+    """
     import torch
 
     if device == "auto":
@@ -160,7 +183,8 @@ def _device(device: "str | torch.device") -> "torch.device":
     return place
 
 
-def _torch_dtype(dtype: str, device: "torch.device") -> "torch.dtype":
+def torch_dtype(dtype: str, device: "torch.device") -> "torch.dtype":
+    """The type of a name; "auto" is bfloat16 where the device computes in it, else float32."""
     import torch
 
     if dtype == "auto":

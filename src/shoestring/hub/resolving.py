@@ -12,7 +12,7 @@ from shoestring.hub.gguf_header import read_gguf_header
 from shoestring.hub.snapshots import fetch_adapter, fetch_model, verify_adapter
 from shoestring.hub.verify import verify_folder
 
-__all__ = ["DTYPES", "check_dtype", "resolve", "resolve_adapter"]
+__all__ = ["DTYPES", "check_dtype", "find_gguf", "resolve", "resolve_adapter"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -60,6 +60,15 @@ def resolve(
     raise _unknown(text, path)
 
 
+def find_gguf(name: str | Path, progress: Progress | None = None) -> Path | None:
+    """The GGUF file of a bundled name (fetched where it is missing) or of a path; None for all other names."""
+    text = str(name)
+    if text in BUNDLED:
+        return fetch_bundled(BUNDLED[text], progress)
+    path = Path(text).expanduser()
+    return path if path.is_file() and _is_gguf(path) else None
+
+
 def resolve_adapter(name: str | Path, progress: Progress | None = None) -> Path:
     """The verified local folder of a PEFT adapter: a folder or a hub id."""
     path = Path(name).expanduser()
@@ -71,15 +80,18 @@ def resolve_adapter(name: str | Path, progress: Progress | None = None) -> Path:
 
 
 def _resolve_file(path: Path, dtype: str, progress: Progress | None) -> Path:
-    try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-    except OSError as error:
-        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not is_gguf and path.suffix != ".gguf":
+    if not _is_gguf(path) and path.suffix != ".gguf":
         raise RequestError(f"{path} is not a GGUF file: name a .gguf file or the folder that holds the model")
     read_gguf_header(path)  # a broken file is refused before its bytes are hashed
     return convert_gguf(path.stem, remembered_sha256(path, progress), dtype, lambda: path, progress)
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _refuse_revision(name: str, revision: str | None) -> None:

@@ -3,13 +3,22 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from shoestring.errors import ModelFileError
 
-__all__ = ["PICKLE_REASON", "has_pickles", "read_json", "verify_folder", "verify_safetensors"]
+__all__ = [
+    "PICKLE_REASON",
+    "StoredTensor",
+    "has_pickles",
+    "read_json",
+    "stored_tensors",
+    "verify_folder",
+    "verify_safetensors",
+]
 
 PICKLE_REASON = "pickles can run code when they are read, so only safetensors and GGUF are loaded"
 
@@ -23,6 +32,17 @@ _BITS: Mapping[str, int] = MappingProxyType(
     | dict.fromkeys(["U32", "I32", "F32"], 32)
     | dict.fromkeys(["U64", "I64", "F64", "C64"], 64)
 )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor where it lies in a file: `dtype` is safetensors' name of its type, `shape` has the slowest axis first."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
 
 
 def verify_folder(path: str | Path) -> Path:
@@ -53,6 +73,11 @@ def verify_folder(path: str | Path) -> Path:
 
 def verify_safetensors(path: Path) -> frozenset[str]:
     """Check a safetensors file's header against its size; return the names of its tensors."""
+    return frozenset(stored_tensors(path))
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, where they lie, from its header checked against its size."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -76,7 +101,12 @@ def verify_safetensors(path: Path) -> frozenset[str]:
         raise ModelFileError(
             f"{path} is broken or cut short: its tensors take {end} bytes, the file has {size - 8 - length}"
         )
-    return frozenset(header)
+    return {
+        name: StoredTensor(
+            path, header[name]["dtype"], tuple(header[name]["shape"]), 8 + length + start, stop - start
+        )
+        for start, stop, name in spans
+    }
 
 
 def has_pickles(folder: Path) -> bool:

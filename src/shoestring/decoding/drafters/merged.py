@@ -15,6 +15,7 @@ from shoestring.decoding.drafters.pass_tokens import LookAheadRows
 from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
 from shoestring.decoding.drafters.rates import AcceptanceRates, Guess
 from shoestring.decoding.drafters.recycle import SuccessorTable
+from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.tune import StepCost
 from shoestring.errors import RequestError
@@ -35,6 +36,7 @@ class MergedDrafter:
         top_k: successors remembered per token.
         rates: acceptance rates to start from (shared by the sequences of a request, so that all learn).
         look_ahead: embeddings for PaSS, or None to do without it.
+        governor: rests the drafter where the clock says that drafts lose (shared likewise); None: it never rests.
     """
 
     name = "auto"
@@ -46,12 +48,14 @@ class MergedDrafter:
         top_k: int = 8,
         rates: AcceptanceRates | None = None,
         look_ahead: LookAhead | None = None,
+        governor: Governor | None = None,
     ) -> None:
         if cost is None and budget is None:
             raise RequestError("the merged drafter needs a budget or the measured cost of a step")
         self._cost, self._budget, self._top_k = cost, budget, top_k
         self._rates = rates or AcceptanceRates(look_ahead.priors if look_ahead else None)
         self._ahead = LookAheadRows(look_ahead, min(_CANDIDATES, top_k)) if look_ahead else None
+        self._governor = governor
         self._index = SuffixIndex(_LONGEST)
         self._table = SuccessorTable()
         self._tokens: list[int] = []
@@ -65,6 +69,8 @@ class MergedDrafter:
 
     def propose(self, context: Context, budget: int) -> Draft:
         """Grow the trie node by node in order of chance, then cut it where expected tokens/s is highest."""
+        if self._governor is not None and not self._governor.drafts():
+            return Draft()
         self._tokens = context.tokens
         self._index.extend(context.tokens)
         # A budget of the user's is obeyed; the measured cost only reaches as far as it was measured.
@@ -141,6 +147,12 @@ class MergedDrafter:
     def observe(self, step: StepObservation) -> None:
         """Count which guesses came true along the accepted path, then remember all rows' successors."""
         draft, tokens = step.draft, step.context.tokens
+        if self._governor is not None:
+            self._governor.ends(len(step.emitted), counts=step.first_row == 1)
+        if not draft.top_k:  # a plain step: nothing was guessed
+            if self._ahead is not None:
+                self._ahead.forget()
+            return
         start = len(tokens) - len(step.emitted)
         for offset, token in enumerate(step.emitted):
             tail = tuple(tokens[max(0, start + offset - _LONGEST) : start + offset])
