@@ -18,7 +18,7 @@ from comparing import (
     runner_of,
     untrained,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoestring.decoding.decode import decode
@@ -212,6 +212,7 @@ def test_a_row_with_a_token_and_an_embedding_is_refused():
 rates = st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=4), min_size=1, max_size=8)
 
 
+@example([[1.0, 1.0, 1.0]], 5, DEAR, 1)
 @given(rates, st.integers(0, 90), st.sampled_from([None, FLAT_COST, DEAR]), st.integers(1, 4))
 def test_a_shape_is_a_tree_within_the_budget(rates, most, cost, batch):
     shape = plan_shape(rates, most, cost, batch)

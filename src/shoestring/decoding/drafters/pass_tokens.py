@@ -95,11 +95,13 @@ def plan_shape(
     look-ahead rows stood below the token at which the path ended: with the chance q that they did, 1 + D q. Drafted
     rows are taken best first, and so are look-ahead rows by what they add to q.
     """
+    # Estimates may add up to more than certainty; only one candidate of a position can be right.
+    rates = [[rate / max(1.0, sum(position)) for rate in position] for position in rates]
     nodes, chances = _best_first(rates, min(most_rows, _TRIED_NODES[-1]))
     seconds = [cost.of(batch * (rows + 1)) if cost else 1.0 for rows in range(most_rows + 1)]
     reach, gains = 1.0, []
     for position in rates:
-        reach *= min(1.0, sum(position))
+        reach *= sum(position)
         gains.append(reach)
     ends = [1.0]  # the chance that the path ends at the last token, and at each drafted row
     total, drafted = sum(gains) or 1.0, 0.0
