@@ -174,6 +174,58 @@ def pass_speed() -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def llama_cpp() -> str:
+    """Steps, prefill and tokens per second beside llama.cpp on the same files, as ratios within one run."""
+    parts = []
+    for name, result in load_results("llama_cpp"):
+        kinds = result["types"]
+
+        def cell(row: Result) -> str:
+            return f"{row['median']:.2f}x ({row['range'][0]:.2f}-{row['range'][1]:.2f})"
+
+        rows = [
+            [label, *(cell(kinds[kind]["ratios"][key]) for kind in kinds)]
+            for label, key in [
+                ("plain decoding, tokens/s", "plain"),
+                ("`auto`, over llama.cpp's plain decoding", "auto over their plain"),
+                ("`auto`, over our plain decoding", "auto over our plain"),
+                ("drafting against its prompt lookup", "drafts"),
+                ("prefill of 512 tokens", "prefill"),
+                ("a step of 1 row", "t(1)"),
+                ("of 16 rows", "t(16)"),
+                ("of 64 rows", "t(64)"),
+            ]
+        ]
+        ours = {kind: kinds[kind]["median_ms"]["shoestring"] for kind in kinds}
+        for count in ("8", "16", "32", "64"):
+            rows.append(
+                [f"our t({count}) / t(1)", *(f"{ours[kind][count] / ours[kind]['1']:.2f}" for kind in kinds)]
+            )
+        fresh = {kind: kinds[kind]["fresh_process"] for kind in kinds}
+        for engine in ("shoestring", "llama.cpp"):
+            rows.append(
+                [
+                    f"{engine}: seconds to load",
+                    *(f"{fresh[kind][engine]['load_seconds']:.2f}" for kind in kinds),
+                ]
+            )
+            rows.append(
+                [
+                    f"{engine}: resident MB beyond imports (file: MB)",
+                    *(
+                        f"{fresh[kind][engine]['resident_growth'] / 1e6:.0f} ({kinds[kind]['file_bytes'] / 1e6:.0f})"
+                        for kind in kinds
+                    ),
+                ]
+            )
+        parts.append(
+            f"{result['model']}, batch 1, greedy, {result['machine']}, llama-cpp-python {result['llama_cpp_python']}, "
+            f"commit {result['commit']} ([{name}](RESULTS/{name})); above 1x we are faster, medians over "
+            f"{result['rounds']} interleaved rounds of one run:\n\n" + table(["", *kinds], rows)
+        )
+    return "\n".join(parts)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "exactness": exactness,
     "tokens-per-step": tokens_per_step,
@@ -181,6 +233,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pass-steps": pass_steps,
     "pass-controls": pass_controls,
     "pass-speed": pass_speed,
+    "llama-cpp": llama_cpp,
 }
 
 

@@ -36,6 +36,7 @@ def chat(
     look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
     json: opt.Json = False,
 ) -> None:
     """Chat with a model; tokens accepted beyond the first of a step are tinted.
@@ -57,6 +58,7 @@ def chat(
         "look_ahead": look_ahead,
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
     }
     with loaded(model, decoding=(decoding,), **source) as language_model:
         if not language_model.has_chat_template:

@@ -53,6 +53,7 @@ def compare(
     look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
     json: opt.Json = False,
 ) -> None:
     """Decode the same prompts with several strategies and say what each gains and whether its text is the same.
@@ -74,6 +75,7 @@ def compare(
         "look_ahead": look_ahead,
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
     }
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -95,7 +97,7 @@ def compare(
     if json:
         settings = {name: value for name, value in options.items() if name != "stop"}
         print_json(
-            {"model": model, "dtype": str(language_model.dtype).removeprefix("torch."), "prompts": len(texts)}
+            {"model": model, "weights": language_model.runner.weights, "prompts": len(texts)}
             | {"settings": settings, "strategies": comparison.as_json()}
         )
     else:

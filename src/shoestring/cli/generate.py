@@ -50,6 +50,7 @@ def generate(
     look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
     json: opt.Json = False,
 ) -> None:
     """Generate text from a prompt, or from a file of prompts.
@@ -81,6 +82,7 @@ def generate(
         "look_ahead": look_ahead,
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
     }
     if input is not None:
         from shoestring.cli.files import generate_file

@@ -21,6 +21,7 @@ def loaded(
     look_ahead: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
     decoding: tuple[str, ...] = (),
 ) -> Iterator["LanguageModel"]:
     """Load the model; the progress bar is gone before the command prints.
@@ -41,6 +42,7 @@ def loaded(
             look_ahead=look_ahead,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             progress=report,
         )
         if any(needs_step_cost(setting) for setting in settings):

@@ -17,6 +17,7 @@ __all__ = [
     "MaxNewTokens",
     "MinP",
     "Model",
+    "Quantize",
     "RepetitionPenalty",
     "Revision",
     "Seed",
@@ -58,8 +59,15 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", ric
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto (bfloat16 where the hardware computes in it, else float32), float32, bfloat16 or float16.",
+        help="auto (a GGUF's own types on a CPU; else bfloat16 where the hardware computes in it, or float32), float32, "
+        "bfloat16 or float16.",
         rich_help_panel=_MODEL,
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 or int4: weights are rounded once and kept in the cache (CPU).", rich_help_panel=_MODEL
     ),
 ]
 Decoding = Annotated[
