@@ -9,6 +9,7 @@ __all__ = [
     "ModelFileError",
     "RequestError",
     "ShoestringError",
+    "TrainingError",
     "UnsupportedModelError",
     "suggest",
 ]
@@ -36,6 +37,10 @@ class UnsupportedModelError(ShoestringError):
 
 class DownloadError(ShoestringError):
     """A model could not be fetched, or what arrived is not what was pinned."""
+
+
+class TrainingError(ShoestringError):
+    """A training run cannot go on (a loss that is not a number); its last good checkpoint is kept."""
 
 
 class MissingDependencyError(ShoestringError, ImportError):

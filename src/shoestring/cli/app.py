@@ -15,6 +15,7 @@ from shoestring.cli.generate import generate
 from shoestring.cli.models import models
 from shoestring.cli.pull import pull
 from shoestring.cli.terminal import complain
+from shoestring.cli.train import train
 from shoestring.errors import RequestError, ShoestringError
 
 __all__ = ["app", "main", "run"]
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, chat, compare, pull, models, doctor):
+for _command in (generate, chat, compare, train, pull, models, doctor):
     app.command()(_command)
 
 

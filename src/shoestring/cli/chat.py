@@ -33,6 +33,7 @@ def chat(
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
+    look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
@@ -54,6 +55,7 @@ def chat(
     source: dict[str, Any] = {
         "revision": revision,
         "adapter": adapter,
+        "look_ahead": look_ahead,
         "device": device,
         "dtype": dtype,
         "quantize": quantize,

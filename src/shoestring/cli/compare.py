@@ -50,6 +50,7 @@ def compare(
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
+    look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
@@ -71,6 +72,7 @@ def compare(
     source: dict[str, Any] = {
         "revision": revision,
         "adapter": adapter,
+        "look_ahead": look_ahead,
         "device": device,
         "dtype": dtype,
         "quantize": quantize,

@@ -47,6 +47,7 @@ def generate(
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
+    look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
@@ -78,6 +79,7 @@ def generate(
     source: dict[str, Any] = {
         "revision": revision,
         "adapter": adapter,
+        "look_ahead": look_ahead,
         "device": device,
         "dtype": dtype,
         "quantize": quantize,

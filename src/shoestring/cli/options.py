@@ -13,6 +13,7 @@ __all__ = [
     "Device",
     "Dtype",
     "Json",
+    "LookAhead",
     "MaxNewTokens",
     "MinP",
     "Model",
@@ -46,6 +47,14 @@ Adapter = Annotated[
     str | None,
     typer.Option(help="A PEFT adapter (folder or hub id), merged into the weights.", rich_help_panel=_MODEL),
 ]
+LookAhead = Annotated[
+    str | None,
+    typer.Option(
+        help="Look-ahead embeddings for --decoding pass and auto: a file or a training run's folder; none: not even "
+        "those that come with the default model.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_MODEL)]
 Dtype = Annotated[
     str,
@@ -66,7 +75,7 @@ Decoding = Annotated[
     typer.Option(
         "--decoding",
         "-d",
-        help="autoregressive, lookahead, ngram, draft_model(model=NAME) or auto; settings in brackets, as in "
+        help="autoregressive, lookahead, ngram, draft_model(model=NAME), pass or auto; settings in brackets, as in "
         "lookahead(window=15,ngram=5,guesses=15).",
     ),
 ]

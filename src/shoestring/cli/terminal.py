@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["TextStream", "complain", "errors", "note", "output", "print_json", "progress"]
+    from shoestring.training.task import Observer, Progress
+
+__all__ = ["TextStream", "complain", "errors", "note", "output", "print_json", "progress", "training_line"]
 
 _STAGES = {
     "download": "fetching",
@@ -81,6 +83,41 @@ def progress() -> Iterator[Callable[[str, int, int | None], None]]:
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+@contextmanager
+def training_line() -> Iterator["Observer"]:
+    """A live line of a training run on stderr; where stderr is a file, a line for each report."""
+    live = errors().is_terminal
+    status = errors().status("preparing") if live else None
+
+    def observe(progress: "Progress") -> None:
+        numbers = "  ".join(f"{name} {_short(value)}" for name, value in progress.values.items())
+        left = "" if progress.seconds_left is None else f"  {_clock(progress.seconds_left)} left"
+        where = f"{progress.step}/{progress.steps}  " if progress.steps else ""
+        if status is not None and progress.kind == "train":
+            status.update(f"{where}{numbers}{left}")
+        else:
+            note(f"{progress.kind} {where}{numbers}{left}")
+
+    if status is None:
+        yield observe
+    else:
+        with status:
+            yield observe
+
+
+def _short(value: Any) -> str:
+    return (
+        f"{value:,.0f}"
+        if isinstance(value, float) and abs(value) >= 1000
+        else (f"{value:.3g}" if isinstance(value, float) else str(value))
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"
 
 
 class TextStream:
