@@ -10,7 +10,8 @@ from collections import Counter
 from typing import Any
 
 from benchmarks.common import chat, parser, tuning_prompts
-from shoestring.decoding.drafters.merged import AcceptanceRates, Guess, MergedDrafter
+from shoestring.decoding.drafters.merged import MergedDrafter
+from shoestring.decoding.drafters.rates import AcceptanceRates, Guess
 from shoestring.evaluation.results import write_result
 
 SETS = ("mt_bench", "gsm8k", "humaneval")

@@ -96,6 +96,136 @@ def speed() -> str:
     return "\n".join(parts)
 
 
+_PASS_FORMS = {
+    "two calls": "pass(tokens={count},two_call=true)",
+    "fused, a chain": "pass(tokens={count},candidates=1,budget=48)",
+    "fused, a tree": "pass(tokens={count},budget=48)",
+}
+
+
+def _pass_results(part: str) -> list[tuple[str, Result]]:
+    return [(name, result) for name, result in load_results("pass_decoding") if result[part]]
+
+
+def pass_steps() -> str:
+    """PaSS: tokens per step by L, for every form, text and temperature."""
+    parts = []
+    for name, result in _pass_results("steps"):
+        counts = range(1, 9)
+        rows = []
+        for cell, found in result["steps"].items():
+            for form, decoding in _PASS_FORMS.items():
+                totals = [found.get(decoding.format(count=count)) for count in counts]
+                rows.append(
+                    [f"{cell}, {form}", *(f"{t['tokens_per_step']:.2f}" if t else "" for t in totals)]
+                )
+        texts = sum(total["texts"] for found in result["steps"].values() for total in found.values())
+        equal = sum(total["equal"] for found in result["steps"].values() for total in found.values())
+        parts.append(
+            f"{result['model']}, {result['dtype']}, tokens/step by the number of look-ahead tokens L; {equal} of {texts} "
+            f"texts equal plain decoding's ({result['machine']}, commit {result['commit']}, [{name}](RESULTS/{name})):\n\n"
+            + table(["", *(f"L={count}" for count in counts)], rows)
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def pass_controls() -> str:
+    """PaSS: untrained embeddings, and what PaSS adds to `auto`."""
+    parts = []
+    for name, result in _pass_results("steps"):
+        cells = result["steps"]
+        swept = {form.format(count=count) for form in _PASS_FORMS.values() for count in range(1, 9)}
+        names = dict.fromkeys(key for found in cells.values() for key in found if key not in swept)
+        shown = [form.format(count=6) for form in _PASS_FORMS.values()] + [*names]
+        rows = [
+            [
+                f"`{key}`",
+                *(f"{found[key]['tokens_per_step']:.2f}" if key in found else "" for found in cells.values()),
+            ]
+            for key in shown
+        ]
+        parts.append(
+            f"tokens/step; `mean` and `random` are untrained embeddings ([{name}](RESULTS/{name})):\n\n"
+            + table(["", *cells], rows)
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def pass_speed() -> str:
+    """PaSS: tokens per second as ratios within a text."""
+    parts = []
+    for name, result in _pass_results("speed"):
+        cells = result["speed"]
+        rows = []
+        for key in next(iter(cells.values())):
+            row = [f"`{key}`"]
+            for found in cells.values():
+                ratio = found[key]["over_autoregressive"]
+                row.append(
+                    f"{ratio['median']:.2f}x ({ratio['range'][0]:.2f}-{ratio['range'][1]:.2f}), "
+                    f"{found[key]['tokens_per_step']:.2f}"
+                )
+            rows.append(row)
+        parts.append(
+            f"{result['model']}, {result['dtype']}, batch 1, {result['processes']} processes at a time, "
+            f"{result['machine']}, commit {result['commit']}: tokens/s over plain decoding's in the same text, median and "
+            f"range over texts; tokens/step ([{name}](RESULTS/{name})):\n\n" + table(["", *cells], rows)
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def llama_cpp() -> str:
+    """Steps, prefill and tokens per second beside llama.cpp on the same files, as ratios within one run."""
+    parts = []
+    for name, result in load_results("llama_cpp"):
+        kinds = result["types"]
+
+        def cell(row: Result) -> str:
+            return f"{row['median']:.2f}x ({row['range'][0]:.2f}-{row['range'][1]:.2f})"
+
+        rows = [
+            [label, *(cell(kinds[kind]["ratios"][key]) for kind in kinds)]
+            for label, key in [
+                ("plain decoding, tokens/s", "plain"),
+                ("`auto`, over llama.cpp's plain decoding", "auto over their plain"),
+                ("`auto`, over our plain decoding", "auto over our plain"),
+                ("drafting against its prompt lookup", "drafts"),
+                ("prefill of 512 tokens", "prefill"),
+                ("a step of 1 row", "t(1)"),
+                ("of 16 rows", "t(16)"),
+                ("of 64 rows", "t(64)"),
+            ]
+        ]
+        ours = {kind: kinds[kind]["median_ms"]["shoestring"] for kind in kinds}
+        for count in ("8", "16", "32", "64"):
+            rows.append(
+                [f"our t({count}) / t(1)", *(f"{ours[kind][count] / ours[kind]['1']:.2f}" for kind in kinds)]
+            )
+        fresh = {kind: kinds[kind]["fresh_process"] for kind in kinds}
+        for engine in ("shoestring", "llama.cpp"):
+            rows.append(
+                [
+                    f"{engine}: seconds to load",
+                    *(f"{fresh[kind][engine]['load_seconds']:.2f}" for kind in kinds),
+                ]
+            )
+            rows.append(
+                [
+                    f"{engine}: resident MB beyond imports (file: MB)",
+                    *(
+                        f"{fresh[kind][engine]['resident_growth'] / 1e6:.0f} ({kinds[kind]['file_bytes'] / 1e6:.0f})"
+                        for kind in kinds
+                    ),
+                ]
+            )
+        parts.append(
+            f"{result['model']}, batch 1, greedy, {result['machine']}, llama-cpp-python {result['llama_cpp_python']}, "
+            f"commit {result['commit']} ([{name}](RESULTS/{name})); above 1x we are faster, medians over "
+            f"{result['rounds']} interleaved rounds of one run:\n\n" + table(["", *kinds], rows)
+        )
+    return "\n".join(parts)
+
+
 def translation_quality() -> str:
     """BLEU of every finished translation run, by weights and search."""
     parts = []
@@ -121,7 +251,7 @@ def translation_quality() -> str:
             f"{result['at_once']} of the runs trained at a time on the one device:\n\n"
             + table(["run: test set, weights, search", "BLEU", "lowercased", "chrF", "training"], rows)
         )
-    return "\n".join(parts)
+    return "\n".join(parts) or "Not measured yet.\n"
 
 
 def training_rate() -> str:
@@ -143,7 +273,7 @@ def training_rate() -> str:
             f"([{name}](RESULTS/{name})):\n\n"
             + table(["", "a step", "target tokens/s", "of the matrix rate"], rows)
         )
-    return "\n".join(parts)
+    return "\n".join(parts) or "Not measured yet.\n"
 
 
 def translation_speed() -> str:
@@ -165,13 +295,17 @@ def translation_speed() -> str:
             f"([{name}](RESULTS/{name})), against MarianMT with the same weights through `generate`:\n\n"
             + table(["", "tokens/s", "MarianMT", "ratio", "texts that differ"], rows)
         )
-    return "\n".join(parts)
+    return "\n".join(parts) or "Not measured yet.\n"
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "exactness": exactness,
     "tokens-per-step": tokens_per_step,
     "speed": speed,
+    "pass-steps": pass_steps,
+    "pass-controls": pass_controls,
+    "pass-speed": pass_speed,
+    "llama-cpp": llama_cpp,
     "translation-quality": translation_quality,
     "training-rate": training_rate,
     "translation-speed": translation_speed,

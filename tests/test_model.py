@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from architectures import ADMITTED
-from comparing import FLAT_COST, prompt_of
+from comparing import FLAT_COST, prompt_of, untrained
 
 import shoestring
 from shoestring.decoding.tune import StepCost
@@ -24,11 +24,15 @@ STRATEGIES = [
     "lookahead(window=3,ngram=3,guesses=3,prompt_pool=true,keep_window=true)",
     "ngram",
     "auto(budget=8)",
+    "pass(budget=12)",
+    "pass(two_call=true,tokens=4)",
 ]
 
 
 @pytest.fixture
 def model(smollm2):
+    if smollm2.look_ahead is None:
+        smollm2.look_ahead = untrained(6, 576, 0.1)
     yield smollm2
     assert not smollm2.runner.slots, "a slot was left open"
 

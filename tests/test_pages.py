@@ -1,6 +1,7 @@
 """README and docs: their commands and programs run, their tables are those of the result files."""
 
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -92,6 +93,13 @@ def test_shown_program_runs(program, smollm2, capsys):
             }
     exec(compile(program, "page", "exec"), names)
     assert capsys.readouterr().out or "custom_generate" in program
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_example_runs(path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

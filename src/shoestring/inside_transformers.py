@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shoestring.decoding.decode import Request, decode
 from shoestring.decoding.drafters.protocol import Drafter
+from shoestring.decoding.look_ahead import Base, load_look_ahead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment, as_decoding
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.errors import RequestError
@@ -32,11 +33,12 @@ def custom_generate(
     stopping_criteria: Any = (),
     generation_config: Any = None,
     decoding: str | Decoding | Drafter = "lookahead",
+    look_ahead: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Decode an already loaded HF model with one of our strategies; same tokens as `generate` without it, greedy.
 
-    Pass it to transformers' own `generate`, with `decoding=` if not lookahead:
+    Pass it to transformers' own `generate`, with `decoding=` if not lookahead, and `look_ahead=` embeddings for PaSS:
 
         model.generate(**inputs, max_new_tokens=100, custom_generate=shoestring.custom_generate, decoding="auto")
 
@@ -45,17 +47,19 @@ def custom_generate(
     transformers loses the tokenizer that `stop_strings=` needs.
 
     Raises:
-        RequestError: beams, constraints, or a logits processor that a decoding step over a tree cannot honour.
+        RequestError: beams, constraints, a logits processor that a decoding step over a tree cannot honour, or
+            look-ahead embeddings of another model.
     """
     if generation_config is None:
         raise RequestError("call it through generate(custom_generate=shoestring.custom_generate)")
     _refuse_unknown(logits_processor, generation_config)
-    language_model = LanguageModel(model)
+    embeddings = load_look_ahead(look_ahead, Base.of_module(model), type(model).__name__)
+    language_model = LanguageModel(model, look_ahead=embeddings)
     try:
         settings = as_decoding(decoding)
         if isinstance(settings, Drafter) and input_ids.shape[0] > 1:
             raise RequestError("one drafter object cannot serve a batch, as it keeps one sequence's state")
-        environment = DraftingEnvironment(language_model.step_cost, language_model.draft_runner)
+        environment = DraftingEnvironment(language_model.step_cost, language_model.draft_runner, embeddings)
         # Not a named parameter: transformers would then pass it twice.
         prompts = _unpadded(input_ids, kwargs.get("attention_mask"))
         seed = int(torch.randint(1 << 62, ())) if generation_config.do_sample else 0

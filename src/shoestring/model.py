@@ -12,6 +12,7 @@ import torch
 from shoestring import hub
 from shoestring.decoding.decode import check_prompt
 from shoestring.decoding.drafters.protocol import Drafter
+from shoestring.decoding.look_ahead import Base, LookAhead, load_look_ahead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.tune import StepCost, remembered_step_cost
 from shoestring.engine.hf_runner import HFRunner
@@ -36,6 +37,7 @@ def load(
     *,
     revision: str | None = None,
     adapter: str | None = None,
+    look_ahead: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
@@ -47,6 +49,8 @@ def load(
         model: a hub id, a local folder of safetensors, a `.gguf` file, or a bundled name ("smollm2-135m").
         revision: a branch, tag or commit of a hub id.
         adapter: a PEFT adapter's folder or hub id, merged into the weights.
+        look_ahead: look-ahead embeddings for PaSS: a file or a training run's folder; None: those that come with a
+            bundled model, "none": not even those.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto" is bfloat16 where the hardware computes in it, else float32; a GGUF file's tensors then stay as they
             lie in it, on a CPU that has the native step.
@@ -54,7 +58,7 @@ def load(
         progress: called with (stage, done, total) while files are fetched, converted or packed, or steps are timed.
 
     Raises:
-        RequestError: an unknown name, device or dtype.
+        RequestError: an unknown name, device or dtype, or look-ahead embeddings of another model.
         ModelFileError: broken, missing or pickled files.
         DownloadError: the model could not be fetched.
         UnsupportedModelError: the engine would not be right on this architecture.
@@ -74,13 +78,14 @@ def load(
         try:
             if computed not in (torch.float32, torch.bfloat16):
                 raise UnsupportedModelError(f"the native step has no {dtype}")
-            return _load_native(make, model, revision, adapter, dtype, quantize, whole, progress)
+            return _load_native(make, model, revision, adapter, look_ahead, dtype, quantize, whole, progress)
         except UnsupportedModelError as error:
             why = str(error)
     if quantize is not None:
         raise UnsupportedModelError(f"quantize={quantize!r} needs the native step on a CPU: {why}")
     pretrained = whole(progress=progress)
-    return make(pretrained.model, pretrained.tokenizer)
+    found = load_look_ahead(look_ahead, Base.of_module(pretrained.model), str(model))
+    return make(pretrained.model, pretrained.tokenizer, look_ahead=found)
 
 
 def _load_native(
@@ -88,6 +93,7 @@ def _load_native(
     model: str,
     revision: str | None,
     adapter: str | None,
+    look_ahead: str | None,
     dtype: str,
     quantize: str | None,
     whole: Callable[..., hub.Pretrained],
@@ -112,6 +118,7 @@ def _load_native(
                 None,
                 source.tokenizer,
                 runner=runner,
+                look_ahead=load_look_ahead(look_ahead, Base.of_source(source), str(model)),
                 config=source.config,
                 generation_config=source.generation_config,
             )
@@ -122,6 +129,7 @@ def _load_native(
         None,
         pretrained.tokenizer,
         runner=runner,
+        look_ahead=load_look_ahead(look_ahead, Base.of_module(module), str(model)),
         config=module.config,
         generation_config=module.generation_config,
     )
@@ -137,6 +145,7 @@ class LanguageModel:
         slots: the most sequences in one step.
         progress: called as ("measure", done, total) while the cost of steps is timed.
         runner: the body that runs the model; None: an `HFRunner`, which changes the module's attention.
+        look_ahead: embeddings for PaSS, checked against the model already.
         config, generation_config: the module's own unless given.
         dtype: what `load` was asked for; draft models are loaded alike.
         load_module: makes the HF module where someone asks for it and none is in memory.
@@ -151,6 +160,7 @@ class LanguageModel:
         slots: int = 8,
         progress: Progress | None = None,
         runner: Runner | None = None,
+        look_ahead: LookAhead | None = None,
         config: Any = None,
         generation_config: Any = None,
         dtype: str | None = None,
@@ -163,6 +173,7 @@ class LanguageModel:
         self.runner: Runner = runner or HFRunner(cast(torch.nn.Module, model))
         self._module, self._load_module, self._dtype = model, load_module, dtype
         self._generation_config = generation_config or getattr(model, "generation_config", None)
+        self.look_ahead = look_ahead and look_ahead.placed(self.device, self.dtype)
         self._slots, self._progress = slots, progress
         self._step_cost: StepCost | None = None
         self._draft_runners: dict[str, Runner] = {}
@@ -266,8 +277,8 @@ class LanguageModel:
         Args:
             prompt: text (completed as it stands), messages (the tokenizer's chat template), token ids, or a list
                 of any of these.
-            decoding: "autoregressive", "lookahead", "ngram", "draft_model(model=...)", "auto", a settings object, or
-                a `Drafter` of your own. Every strategy gives the same tokens for the same seed.
+            decoding: "autoregressive", "lookahead", "ngram", "draft_model(model=...)", "pass", "auto", a settings
+                object, or a `Drafter` of your own. Every strategy gives the same tokens for the same seed.
             max_new_tokens: the most tokens of each text.
             temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingOptions`; 0 is greedy.
             stop: strings that end the text, left out of it.
@@ -396,7 +407,7 @@ class LanguageModel:
             self.runner,
             self.tokenizer,
             [self.encode(prompt) for prompt in prompts],
-            DraftingEnvironment(self.step_cost, self.draft_runner),
+            DraftingEnvironment(self.step_cost, self.draft_runner, self.look_ahead),
             eos_ids=self.eos_ids,
             slots=self._slots,
             **options,

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import shoestring as package
 from shoestring.cli import run
@@ -185,3 +186,16 @@ def test_no_space_left_is_one_line(shoestring, tiny, write_lines):
         pytest.skip("this system has no /dev/full")
     arguments = ("generate", "--input", str(source), "--output", str(full), "--model", tiny, *SHORT)
     assert "no space left on the disk" in shoestring(*arguments, fails=1)
+
+
+def test_look_ahead_embeddings_are_named_and_checked(shoestring, tiny, tmp_path):
+    from safetensors.torch import save_file
+
+    options = ("generate", "hello", "--model", tiny, "--raw", "-n", "2")
+    line = shoestring(*options, "--decoding", "pass", fails=2)
+    assert "shoestring train recipes/pass-smollm2.yaml" in line
+    line = shoestring(*options, "--look-ahead", str(tmp_path / "none.safetensors"), fails=2)
+    assert "no file of look-ahead embeddings" in line
+    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    line = shoestring(*options, "--look-ahead", str(tmp_path / "other.safetensors"), fails=1)
+    assert "holds no look-ahead embeddings" in line

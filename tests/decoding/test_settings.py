@@ -1,10 +1,14 @@
 import pytest
+import torch
+from comparing import untrained
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.merged import MergedDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
+from shoestring.decoding.drafters.pass_tokens import PassDrafter, TwoCallPassDrafter
+from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.settings import (
     Auto,
     Autoregressive,
@@ -12,8 +16,10 @@ from shoestring.decoding.settings import (
     DraftModel,
     Lookahead,
     Ngram,
+    Pass,
     as_decoding,
     describe,
+    needs_step_cost,
 )
 from shoestring.decoding.tune import StepCost
 from shoestring.engine.sampling import SamplingOptions
@@ -28,8 +34,8 @@ def unasked(*_):
     raise AssertionError("this strategy needs no measurement and no second model")
 
 
-def environment(cost=None):
-    return DraftingEnvironment((lambda: cost) if cost else unasked, unasked)
+def environment(cost=None, look_ahead=None):
+    return DraftingEnvironment((lambda: cost) if cost else unasked, unasked, look_ahead)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +53,10 @@ def environment(cost=None):
         ("draft-model(model='a, b (c).gguf', tokens=3)", DraftModel("a, b (c).gguf", 3)),
         ("auto(budget=none)", Auto()),
         ("AUTO(budget=16)", Auto(16)),
+        ("auto(look_ahead=false)", Auto(look_ahead=False)),
+        ("pass", Pass()),
+        ("pass(two_call=true)", Pass(two_call=True)),
+        ("Pass(tokens=4,candidates=1,budget=12)", Pass(tokens=4, candidates=1, budget=12)),
     ],
 )
 def test_text_is_read(text, settings):
@@ -66,7 +76,9 @@ strategies = st.one_of(
     ),
     st.builds(Ngram, st.integers(4, 9), st.integers(1, 4), counts, counts),
     st.builds(DraftModel, st.text("ab/.-_ ,=()'0", min_size=1), counts),
-    st.builds(Auto, st.none() | counts),
+    st.builds(Auto, st.none() | counts, st.booleans()),
+    st.builds(Pass, st.just(True), st.none() | counts),
+    st.builds(Pass, st.just(False), st.none() | counts, st.none() | counts, st.none() | counts),
 )
 
 
@@ -104,6 +116,11 @@ def test_a_drafter_is_taken_as_it_is_and_described_by_its_name():
         ("ngram(shortest=5)", r"ngram: shortest is 5, more than longest \(4\)"),
         ("ngram(tokens=-1)", "ngram: tokens is -1"),
         ("auto(budget=0)", "auto: budget is 0"),
+        ("auto(look_ahead=1)", "auto: look_ahead is 1; it must be true or false"),
+        ("pass(tokens=0)", "pass: tokens is 0; .* at least 1"),
+        ("pass(two_call=yes)", "pass: two_call is 'yes'"),
+        ("pass(two_call=true,candidates=3)", "pass: candidates belongs to the fused form"),
+        ("pass(two_call=true,budget=3)", "pass: budget belongs to the fused form"),
         ("draft_model", r"draft_model needs model: draft_model\(model=...\)"),
         ("draft_model(model=x,tokens=0)", "draftmodel: tokens is 0"),
     ],
@@ -146,3 +163,35 @@ def test_sequences_of_a_request_learn_together_and_requests_apart():
     one, two = (Auto().drafter(shared, GREEDY) for _ in range(2))
     assert one._rates is two._rates
     assert Auto().drafter(environment(CHEAP), GREEDY)._rates is not one._rates
+
+
+def test_pass_takes_as_many_embeddings_as_it_is_told():
+    loaded = environment(CHEAP, untrained(5))
+    assert isinstance(Pass().drafter(loaded, GREEDY), PassDrafter)
+    assert isinstance(
+        Pass(two_call=True).drafter(environment(None, untrained(5)), GREEDY), TwoCallPassDrafter
+    )
+    assert len(Pass(tokens=3, budget=9).drafter(environment(None, untrained(5)), GREEDY)._rows) == 3
+    with pytest.raises(RequestError, match="tokens is 6, and 5 look-ahead embeddings are loaded"):
+        Pass(tokens=6).drafter(loaded, GREEDY)
+
+
+def test_without_embeddings_pass_says_how_to_train_them_and_auto_does_without():
+    with pytest.raises(RequestError, match=r"shoestring train recipes/pass-smollm2\.yaml"):
+        Pass().drafter(environment(CHEAP), GREEDY)
+    assert Auto().drafter(environment(CHEAP), GREEDY)._ahead is None
+    assert Auto().drafter(environment(CHEAP, untrained()), GREEDY)._ahead is not None
+    assert Auto(look_ahead=False).drafter(environment(CHEAP, untrained()), GREEDY)._ahead is None
+
+
+def test_rates_begin_where_the_training_run_measured_them():
+    measured = LookAhead(torch.zeros(2, 4), {"results": {"acceptance": [[0.4, 0.2], [0.1, 0.05]]}})
+    rates = environment(CHEAP, measured).rates
+    found = [rates.rate(("pass", 1, 0)), rates.rate(("pass", 2, 1))]
+    assert found == pytest.approx([0.4, 0.05])
+
+
+def test_who_needs_the_machine_timed():
+    asked = ["lookahead", "auto", "pass", "pass(candidates=1)"]
+    unasked = ["autoregressive", "ngram", "pass(two_call=true)", "pass(budget=9)", "auto(budget=9)"]
+    assert [needs_step_cost(as_decoding(text)) for text in [*asked, *unasked]] == [True] * 4 + [False] * 5

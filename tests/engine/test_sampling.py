@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from shoestring.engine import sampling
-from shoestring.engine.sampling import SamplingOptions, next_token, noise, warp
+from shoestring.engine.sampling import SamplingOptions, likely_draws, next_token, noise, warp
 from shoestring.errors import RequestError
 
 
@@ -222,3 +222,15 @@ def test_tokens_that_no_probability_is_left_for_are_never_drawn():
     for options in ({}, {"top_k": 5}, {"top_p": 0.99}, {"min_p": 0.01}):
         drawn = {next_token(logits, SamplingOptions(temperature=1, seed=s, **options), 0) for s in range(40)}
         assert drawn == {3, 200}
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.05}], ids=str)
+def test_likely_draws_begin_with_the_draw_itself(options):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, 900, generator=generator) * 4
+    sampling = SamplingOptions(temperature=0.8, seed=9, **options)
+    drawn = likely_draws(logits, sampling, range(10, 16), 4)
+    for row, position in enumerate(range(10, 16)):
+        assert drawn[row][0] == next_token(logits[row], sampling, position)
+        assert len(set(drawn[row])) == len(drawn[row]) <= 4
+    assert len(likely_draws(logits, SamplingOptions(temperature=1, top_k=2), [1] * 6, 4)[0]) == 2

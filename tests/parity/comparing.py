@@ -13,7 +13,9 @@ from shoestring.decoding.decode import Emission, Request, decode
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.merged import MergedDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
+from shoestring.decoding.drafters.pass_tokens import PassDrafter, TwoCallPassDrafter
 from shoestring.decoding.drafters.protocol import Context, Drafter, StepObservation
+from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.stopping import StopChecker
 from shoestring.decoding.tune import StepCost
 from shoestring.engine.hf_runner import HFRunner
@@ -25,6 +27,13 @@ TIE = 1e-4
 """Two tokens nearer than this may swap: sums run in another order in a step of another shape."""
 FLAT_COST = StepCost((1, 8, 32, 128), (1.0, 1.01, 1.02, 1.03))
 """Rows cost next to nothing, so that the merged drafter drafts much; nothing is timed."""
+
+
+@functools.cache
+def untrained(tokens: int = 3, width: int = 64, scale: float = 0.5) -> LookAhead:
+    """Random look-ahead embeddings: they predict nothing much, and must disturb nothing."""
+    generator = torch.Generator().manual_seed(5)
+    return LookAhead(torch.randn(tokens, width, generator=generator) * scale)
 
 
 def prompt_of(length: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[int]:
@@ -68,7 +77,16 @@ STRATEGIES: Mapping[str, Callable[[Sequence[int]], Drafter | None]] = {
     "ngram": lambda answer: NgramDrafter(branches=2),
     "merged": lambda answer: MergedDrafter(FLAT_COST, budget=12),
     "branches": lambda answer: Branches(answer),
+    "pass": lambda answer: PassDrafter(untrained(), budget=20),
+    "pass-two-call": lambda answer: TwoCallPassDrafter(untrained()),
+    "merged-pass": lambda answer: MergedDrafter(FLAT_COST, budget=16, look_ahead=untrained()),
 }
+
+
+def strategies_of(name: str) -> dict[str, Callable[[Sequence[int]], Drafter | None]]:
+    """Every strategy that runs on an architecture: layers that look up token ids need one in every row."""
+    needs_ids = ADMITTED[name].options.get("hidden_size_per_layer_input", 0)
+    return {kind: make for kind, make in STRATEGIES.items() if not (needs_ids and "pass" in kind)}
 
 
 @functools.cache

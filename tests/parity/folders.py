@@ -20,11 +20,25 @@ def byte_alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
-def write_gguf(path: Path, *, pre: str = "smollm", drop: str = "", **extra: Any) -> Path:
-    """A random two-layer Llama with a byte-level vocabulary of single bytes, ' 1', '12' and two markers."""
+def write_gguf(
+    path: Path,
+    *,
+    pre: str = "smollm",
+    drop: str = "",
+    kind: str = "F32",
+    biases: bool = False,
+    head_norms: bool = False,
+    gemma: bool = False,
+    split_max_tensors: int = 0,
+    **extra: Any,
+) -> Path:
+    """A random two-layer Llama with a byte-level vocabulary of single bytes, ' 1', '12' and two markers.
+
+    `kind`: ggml's type of the matrices. `biases`, `head_norms`, `gemma`: what Qwen 2, Qwen 3 and Gemma 3 have besides.
+    """
     random = np.random.default_rng(0)
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "Ġ1", "12", "he", "hello"]
-    writer = gguf.GGUFWriter(path, extra.pop("architecture", "llama"))
+    writer = gguf.GGUFWriter(path, extra.pop("architecture", "llama"), split_max_tensors=split_max_tensors)
     writer.add_name("tiny")
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
@@ -58,9 +72,30 @@ def write_gguf(path: Path, *, pre: str = "smollm", drop: str = "", **extra: Any)
         tensors |= {block + name: (WIDTH // 2, WIDTH) for name in ("attn_k.weight", "attn_v.weight")}
         tensors |= {block + name: (FEEDFORWARD, WIDTH) for name in ("ffn_gate.weight", "ffn_up.weight")}
         tensors[block + "ffn_down.weight"] = (WIDTH, FEEDFORWARD)
+        if biases:
+            widths = {"attn_q": WIDTH, "attn_k": WIDTH // 2, "attn_v": WIDTH // 2}
+            tensors |= {f"{block}{name}.bias": (width,) for name, width in widths.items()}
+        if head_norms or gemma:
+            tensors |= {
+                block + name: (WIDTH // HEADS,) for name in ("attn_q_norm.weight", "attn_k_norm.weight")
+            }
+        if gemma:
+            tensors |= {
+                block + name: (WIDTH,) for name in ("post_attention_norm.weight", "post_ffw_norm.weight")
+            }
+    if gemma:
+        writer.add_sliding_window(8)
+        writer.add_key_length(WIDTH // HEADS)
+        writer.add_value_length(WIDTH // HEADS)
     for name, shape in tensors.items():
-        if name != drop:
-            writer.add_tensor(name, random.normal(0, 0.1, shape).astype(np.float32))
+        if name == drop:
+            continue
+        values = random.normal(0, 0.1, shape).astype(np.float32)
+        if len(shape) == 1 or kind == "F32":
+            writer.add_tensor(name, values)
+        else:
+            stored = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, _quantised(values, stored, random), raw_dtype=stored)
     for name, array in extra.pop("arrays", {}).items():
         writer.add_tensor(name, array)
     assert not extra
@@ -68,7 +103,17 @@ def write_gguf(path: Path, *, pre: str = "smollm", drop: str = "", **extra: Any)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))[0] if split_max_tensors else path
+
+
+def _quantised(values: np.ndarray, kind: gguf.GGMLQuantizationType, random: np.random.Generator) -> Any:
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:  # blocks of random bits behind a half-precision scale
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        data = random.integers(0, 256, (values.shape[0], values.shape[1] // block, nbytes), dtype=np.uint8)
+        data[:, :, :2] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+        return data.reshape(values.shape[0], -1)
 
 
 def write_llama(folder: Path, *, shard_size: str = "5GB", tokenizer: bool = True, chat: bool = False) -> Path:

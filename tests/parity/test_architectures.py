@@ -6,7 +6,6 @@ from architectures import ADMITTED, REFUSED, SLIDING_WINDOW
 from comparing import (
     GREEDY,
     SAMPLED,
-    STRATEGIES,
     Branches,
     assert_plain,
     assert_same,
@@ -16,6 +15,7 @@ from comparing import (
     request,
     run,
     runner_of,
+    strategies_of,
 )
 
 from shoestring.decoding import decode as decode_module
@@ -50,7 +50,7 @@ def test_greedy_tokens_are_those_of_generate(name):
     expected = generate(plain, PROMPT)
     assert len(set(expected)) > 5, "the model's output is degenerate; scale it differently"
     steps = {}
-    for strategy, drafter in STRATEGIES.items():
+    for strategy, drafter in strategies_of(name).items():
         runner.cache.clear()
         emissions = list(decode_module.decode(runner, [request(PROMPT, drafter(expected))]))
         assert_same(plain, PROMPT, [emission.token for emission in emissions], expected)
@@ -63,7 +63,7 @@ def test_sampled_tokens_are_those_of_plain_sampling(name):
     runner, plain = runner_of(name), plain_model(name)
     expected = run(runner, [request(PROMPT, sampling=SAMPLED)])[0]
     assert_plain(plain, PROMPT, expected, SAMPLED)
-    for drafter in STRATEGIES.values():
+    for drafter in strategies_of(name).values():
         runner.cache.clear()
         tokens = run(runner, [request(PROMPT, drafter(expected), SAMPLED)])[0]
         assert_same(plain, PROMPT, tokens, expected, SAMPLED)

@@ -33,8 +33,10 @@ def chat(
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
+    look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
     json: opt.Json = False,
 ) -> None:
     """Chat with a model; tokens accepted beyond the first of a step are tinted.
@@ -50,7 +52,14 @@ def chat(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
     }
-    source: dict[str, Any] = {"revision": revision, "adapter": adapter, "device": device, "dtype": dtype}
+    source: dict[str, Any] = {
+        "revision": revision,
+        "adapter": adapter,
+        "look_ahead": look_ahead,
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
+    }
     with loaded(model, decoding=(decoding,), **source) as language_model:
         if not language_model.has_chat_template:
             raise RequestError(

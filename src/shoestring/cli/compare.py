@@ -50,8 +50,10 @@ def compare(
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
+    look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
     json: opt.Json = False,
 ) -> None:
     """Decode the same prompts with several strategies and say what each gains and whether its text is the same.
@@ -67,7 +69,14 @@ def compare(
         check_text(text)
     texts: list[Any] = list(prompt or ()) if prompts is None else [row.prompt for row in read_rows(prompts)]
     names = decoding or ["lookahead", "ngram", "auto"]
-    source: dict[str, Any] = {"revision": revision, "adapter": adapter, "device": device, "dtype": dtype}
+    source: dict[str, Any] = {
+        "revision": revision,
+        "adapter": adapter,
+        "look_ahead": look_ahead,
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
+    }
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "stop": stop or (),
@@ -88,7 +97,7 @@ def compare(
     if json:
         settings = {name: value for name, value in options.items() if name != "stop"}
         print_json(
-            {"model": model, "dtype": str(language_model.dtype).removeprefix("torch."), "prompts": len(texts)}
+            {"model": model, "weights": language_model.runner.weights, "prompts": len(texts)}
             | {"settings": settings, "strategies": comparison.as_json()}
         )
     else:

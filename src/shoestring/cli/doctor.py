@@ -119,9 +119,9 @@ def _native() -> Iterator[Finding]:
     if util.find_spec("shoestring._native") is not None:
         from shoestring import _native
 
-        yield Finding(
-            "native kernels", True, f"built; this processor has {', '.join(_native.cpu_features())}"
-        )
+        best = _native.instruction_sets()[-1]
+        threads = _native.available_processors()
+        yield Finding("native step", True, f"built; runs its {best} kernels here, on {threads} threads")
         return
     compiler = next((name for name in ("c++", "g++", "clang++", "cl") if shutil.which(name)), None)
     why = (
@@ -134,7 +134,7 @@ def _native() -> Iterator[Finding]:
         if compiler is None
         else "pip install --verbose --force-reinstall --no-deps shoestring shows the build"
     )
-    yield Finding("native kernels", False, f"not built ({why}); PyTorch does their work", remedy)
+    yield Finding("native step", False, f"not built ({why}); PyTorch does their work", remedy)
 
 
 def _accelerators() -> Iterator[Finding]:

@@ -47,8 +47,10 @@ def generate(
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
+    look_ahead: opt.LookAhead = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
     json: opt.Json = False,
 ) -> None:
     """Generate text from a prompt, or from a file of prompts.
@@ -74,7 +76,14 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    source: dict[str, Any] = {"revision": revision, "adapter": adapter, "device": device, "dtype": dtype}
+    source: dict[str, Any] = {
+        "revision": revision,
+        "adapter": adapter,
+        "look_ahead": look_ahead,
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
+    }
     if input is not None:
         from shoestring.cli.files import generate_file
 

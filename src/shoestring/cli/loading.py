@@ -20,8 +20,10 @@ def loaded(
     *,
     revision: str | None = None,
     adapter: str | None = None,
+    look_ahead: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
     decoding: tuple[str, ...] = (),
 ) -> Iterator["LanguageModel"]:
     """Load the model; the progress bar is gone before the command prints.
@@ -36,7 +38,14 @@ def loaded(
         from shoestring.model import load
 
         language_model = load(
-            model, revision=revision, adapter=adapter, device=device, dtype=dtype, progress=report
+            model,
+            revision=revision,
+            adapter=adapter,
+            look_ahead=look_ahead,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            progress=report,
         )
         if any(needs_step_cost(setting) for setting in settings):
             language_model.step_cost()

@@ -16,9 +16,11 @@ __all__ = [
     "ExtraLength",
     "Json",
     "LengthPenalty",
+    "LookAhead",
     "MaxNewTokens",
     "MinP",
     "Model",
+    "Quantize",
     "RepetitionPenalty",
     "Revision",
     "Seed",
@@ -48,12 +50,27 @@ Adapter = Annotated[
     str | None,
     typer.Option(help="A PEFT adapter (folder or hub id), merged into the weights.", rich_help_panel=_MODEL),
 ]
+LookAhead = Annotated[
+    str | None,
+    typer.Option(
+        help="Look-ahead embeddings for --decoding pass and auto: a file or a training run's folder; none: not even "
+        "those that come with the default model.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_MODEL)]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto (bfloat16 where the hardware computes in it, else float32), float32, bfloat16 or float16.",
+        help="auto (a GGUF's own types on a CPU; else bfloat16 where the hardware computes in it, or float32), float32, "
+        "bfloat16 or float16.",
         rich_help_panel=_MODEL,
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 or int4: weights are rounded once and kept in the cache (CPU).", rich_help_panel=_MODEL
     ),
 ]
 Decoding = Annotated[
@@ -61,7 +78,7 @@ Decoding = Annotated[
     typer.Option(
         "--decoding",
         "-d",
-        help="autoregressive, lookahead, ngram, draft_model(model=NAME) or auto; settings in brackets, as in "
+        help="autoregressive, lookahead, ngram, draft_model(model=NAME), pass or auto; settings in brackets, as in "
         "lookahead(window=15,ngram=5,guesses=15).",
     ),
 ]

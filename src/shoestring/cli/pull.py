@@ -27,9 +27,11 @@ def pull(
     if missing is not None:
         note(f"{name} is a download of {format_bytes(missing.size_bytes)} (once)")
     with progress() as report:
-        folder = hub.resolve(name, revision=revision, dtype=dtype, progress=report)
-    size = hub.folder_bytes(folder)
+        # A bundled model runs as it was published, unless another dtype is asked for.
+        as_published = hub.find_gguf(name, report) if name in hub.BUNDLED and dtype == "auto" else None
+        path = as_published or hub.resolve(name, revision=revision, dtype=dtype, progress=report)
+    size = hub.folder_bytes(path)
     if json:
-        print_json({"name": name, "path": str(folder), "bytes": size})
+        print_json({"name": name, "path": str(path), "bytes": size})
     else:
-        output().print(f"{name} is ready: {folder} ({format_bytes(size)})", markup=False)
+        output().print(f"{name} is ready: {path} ({format_bytes(size)})", markup=False)

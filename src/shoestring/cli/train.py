@@ -77,10 +77,14 @@ def _rounded(value: Any) -> Any:
 
 def _task(name: str) -> Any:
     """The tasks that recipes may name."""
-    known = ("transformer",)
+    known = ("pass", "transformer")
     match name:
-        case "transformer":
-            from shoestring.transformer.training import TASK
+        case "pass":
+            from shoestring.finetuning import pass_train
 
-            return TASK
+            return pass_train.TASK
+        case "transformer":
+            from shoestring.transformer import training
+
+            return training.TASK
     raise RequestError(f"unknown task {name!r}{suggest(name, known)}; known: {', '.join(known)}")

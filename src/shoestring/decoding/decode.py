@@ -9,7 +9,7 @@ from shoestring.decoding.stopping import Stopping
 from shoestring.decoding.verify import verify
 from shoestring.engine.runner import Outputs, RowResults, Runner, free_slot
 from shoestring.engine.sampling import SamplingOptions
-from shoestring.engine.tokentree import TokenTree
+from shoestring.engine.tokentree import NO_TOKEN, TokenTree
 from shoestring.errors import RequestError
 
 __all__ = ["Emission", "Request", "check_prompt", "decode"]
@@ -202,7 +202,8 @@ def _propose(runner: Runner, sequence: _Sequence, batch: int) -> Draft:
             draft = draft.clipped(room)
     vocabulary = runner.vocab_size
     for node, token in enumerate(draft.tokens):
-        if not 0 <= token < vocabulary and node not in draft.embeddings:
+        # A row with an embedding has no token: it could be accepted with another row's keys and values.
+        if token != NO_TOKEN if node in draft.embeddings else not 0 <= token < vocabulary:
             name = getattr(drafter, "name", type(drafter).__name__)
             raise RequestError(
                 f"the drafter {name!r} proposed token {token}; the vocabulary has {vocabulary}"

@@ -10,10 +10,13 @@ from typing import Any
 
 from shoestring.decoding.drafters.draft_model import DraftModelDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
-from shoestring.decoding.drafters.merged import AcceptanceRates, MergedDrafter
+from shoestring.decoding.drafters.merged import MergedDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
+from shoestring.decoding.drafters.pass_tokens import PassDrafter, TwoCallPassDrafter
 from shoestring.decoding.drafters.protocol import Drafter
+from shoestring.decoding.drafters.rates import AcceptanceRates
 from shoestring.decoding.governor import Governor
+from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.tune import StepCost
 from shoestring.engine.runner import Runner
 from shoestring.engine.sampling import SamplingOptions
@@ -27,6 +30,7 @@ __all__ = [
     "DraftingEnvironment",
     "Lookahead",
     "Ngram",
+    "Pass",
     "as_decoding",
     "describe",
     "needs_step_cost",
@@ -39,8 +43,12 @@ class DraftingEnvironment:
 
     step_cost: Callable[[], StepCost]
     load_draft_runner: Callable[[str], Runner]
-    rates: AcceptanceRates = field(default_factory=AcceptanceRates)
+    look_ahead: LookAhead | None = None
     governor: Governor = field(default_factory=Governor)
+    rates: AcceptanceRates = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rates = AcceptanceRates(self.look_ahead.priors if self.look_ahead else None)
 
 
 def _at_least(settings: object, **least: int) -> None:
@@ -50,6 +58,13 @@ def _at_least(settings: object, **least: int) -> None:
         if given is not None and (not whole or given < value):
             kind = type(settings).__name__.lower()
             raise RequestError(f"{kind}: {name} is {given!r}; it must be a whole number of at least {value}")
+
+
+def _true_or_false(settings: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(settings, name), bool):
+            kind = type(settings).__name__.lower()
+            raise RequestError(f"{kind}: {name} is {getattr(settings, name)!r}; it must be true or false")
 
 
 @dataclass(frozen=True)
@@ -79,9 +94,7 @@ class Lookahead:
 
     def __post_init__(self) -> None:
         _at_least(self, window=1, ngram=2, guesses=1)
-        for name in ("prompt_pool", "keep_window"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"lookahead: {name} is {getattr(self, name)!r}; it must be true or false")
+        _true_or_false(self, "prompt_pool", "keep_window")
 
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """A lookahead drafter of the given or measured size."""
@@ -146,35 +159,80 @@ class DraftModel:
 
 
 @dataclass(frozen=True)
-class Auto:
-    """Merged drafts (suffix matches, recycled successors), as many rows as pay on this machine.
+class Pass:
+    """PaSS: the model drafts for itself through trained look-ahead embeddings, which `load` must have been given.
 
     Args:
-        budget: rows of a step beside the last token's; None: whatever the measured step cost makes worthwhile.
+        two_call: the paper's loop, in which every second call only drafts; else one call verifies and drafts.
+        tokens: how many of the embeddings to use; None: all.
+        candidates: the most tokens tried at a position; 1 drafts a chain.
+        budget: the most rows of a step beside the last token's; None: whatever the measured step cost makes worthwhile.
     """
 
+    two_call: bool = False
+    tokens: int | None = None
+    candidates: int | None = None
     budget: int | None = None
 
     def __post_init__(self) -> None:
+        _true_or_false(self, "two_call")
+        _at_least(self, tokens=1, candidates=1, budget=1)
+        for name in ("candidates", "budget"):
+            if self.two_call and getattr(self, name) is not None:
+                raise RequestError(
+                    f"pass: {name} belongs to the fused form; two_call drafts one chain of all its tokens"
+                )
+
+    def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
+        """A PaSS drafter with the loaded embeddings."""
+        if environment.look_ahead is None:
+            raise RequestError(
+                "pass needs look-ahead embeddings, and there are none for this model; train them with `shoestring "
+                "train recipes/pass-smollm2.yaml model=NAME`, then give load look_ahead=FILE (--look-ahead FILE)"
+            )
+        look_ahead = environment.look_ahead.first(self.tokens)
+        if self.two_call:
+            return TwoCallPassDrafter(look_ahead)
+        cost = environment.step_cost() if self.budget is None else None
+        return PassDrafter(look_ahead, cost, self.budget, self.candidates or 4, environment.rates)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Merged drafts (suffix matches, recycled successors, PaSS), as many rows as pay on this machine.
+
+    Args:
+        budget: rows of a step beside the last token's; None: whatever the measured step cost makes worthwhile.
+        look_ahead: use PaSS where look-ahead embeddings are loaded.
+    """
+
+    budget: int | None = None
+    look_ahead: bool = True
+
+    def __post_init__(self) -> None:
         _at_least(self, budget=1)
+        _true_or_false(self, "look_ahead")
 
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """The merged drafter, or plain decoding where no rows can pay."""
-        if self.budget is not None:
-            return MergedDrafter(None, self.budget, rates=environment.rates)
-        cost = environment.step_cost()
-        if not cost.pays():
+        look_ahead = environment.look_ahead if self.look_ahead else None
+        cost = None if self.budget is not None else environment.step_cost()
+        if cost is not None and not cost.pays():
             return None
-        return MergedDrafter(cost, rates=environment.rates, governor=environment.governor)
+        governor = None if cost is None else environment.governor
+        return MergedDrafter(
+            cost, self.budget, rates=environment.rates, look_ahead=look_ahead, governor=governor
+        )
 
 
-Decoding = Autoregressive | Lookahead | Ngram | DraftModel | Auto
+Decoding = Autoregressive | Lookahead | Ngram | DraftModel | Pass | Auto
 
 _NAMES: dict[str, type[Any]] = {
     "autoregressive": Autoregressive,
     "lookahead": Lookahead,
     "ngram": Ngram,
     "draft_model": DraftModel,
+    "pass": Pass,
     "auto": Auto,
 }
 _COMMA = re.compile(r""",(?=(?:[^"']|"[^"]*"|'[^']*')*$)""")  # outside quotes
@@ -188,7 +246,7 @@ def as_decoding(decoding: "str | Decoding | Drafter") -> "Decoding | Drafter":
         RequestError: an unknown strategy or option, with the nearest known one.
     """
     if not isinstance(decoding, str):
-        if isinstance(decoding, Autoregressive | Lookahead | Ngram | DraftModel | Auto | Drafter):
+        if isinstance(decoding, Decoding | Drafter):
             return decoding
         raise RequestError(
             f"decoding is a {type(decoding).__name__}; give a name, a settings object or a drafter "
@@ -222,7 +280,9 @@ def needs_step_cost(decoding: "Decoding | Drafter") -> bool:
     """Whether the strategy sizes itself by the measured cost of a step."""
     if isinstance(decoding, Lookahead):
         return None in (decoding.window, decoding.ngram, decoding.guesses)
-    return isinstance(decoding, Auto)
+    if isinstance(decoding, Pass):
+        return decoding.budget is None and not decoding.two_call
+    return isinstance(decoding, Auto) and decoding.budget is None
 
 
 def describe(decoding: "Decoding | Drafter") -> str:

@@ -186,9 +186,13 @@ class HFRunner:
             return {"input_ids": input_ids}
         with torch.inference_mode():
             embeddings = self._embedding(input_ids).clone()
+            rows: list[int] = []
+            vectors: list[torch.Tensor] = []
             first = 0
             for tree in trees.values():
                 for row, vector in (tree.embeddings or {}).items():
-                    embeddings[0, first + row] = vector.to(embeddings)
+                    rows.append(first + row)
+                    vectors.append(vector.to(embeddings))
                 first += len(tree)
+            embeddings[0, rows] = torch.stack(vectors)
         return {"inputs_embeds": embeddings}

@@ -4,6 +4,7 @@ A GGUF file's tensors and float32 safetensors are read as they are; others are p
 there, so that processes running the same model share one copy.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -109,7 +110,8 @@ def _folder_matrices(
 
     if quantize is None and dtype == torch.float32:
         return {name: _float_matrix(maps[name], source.tensors[name].dtype, read, name) for name in shapes}
-    return packed_matrices(source.fingerprint, shapes, read, quantize, progress)
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip(".-")[-60:] or "model"
+    return packed_matrices(f"{readable}-{source.fingerprint[:16]}", shapes, read, quantize, progress)
 
 
 def _float_matrix(data: np.ndarray, kind: str, read: Callable[[str], Tensor], name: str) -> WeightMatrix:

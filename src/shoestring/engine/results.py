@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoestring.engine.sampling import SamplingOptions, next_token
+from shoestring.engine.sampling import SamplingOptions, likely_draws, next_token
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
 
@@ -79,6 +79,14 @@ class SlotResults:
         if not self._top_k:
             raise KeyError("the step was not asked for top_k")
         return self._top[self._index[row]]
+
+    def candidates(self, rows: Sequence[int], count: int) -> list[list[int]]:
+        """Per row, tokens likely to be the next under the slot's sampling options, best first: for drafts."""
+        if self._sampling.greedy or not rows:
+            return [self.top_k(row)[:count] for row in rows]
+        positions = [self._cached + self._tree.depths[row] + 1 for row in rows]
+        logits = self._logits[[self._index[row] for row in rows]]
+        return likely_draws(logits, self._sampling, positions, count)
 
     def logits(self, row: int) -> Tensor:
         """The row's logits [V]."""

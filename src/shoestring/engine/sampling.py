@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shoestring.errors import RequestError
 
-__all__ = ["SamplingOptions", "next_token", "noise", "warp"]
+__all__ = ["SamplingOptions", "likely_draws", "next_token", "noise", "warp"]
 
 _PREFILTER = 256
 _MASK32 = 0xFFFFFFFF
@@ -107,6 +107,24 @@ def next_token(
     return int((scores + noise(options, position, tokens)).argmax())
 
 
+def likely_draws(
+    logits: Float[Tensor, "R V"], options: SamplingOptions, positions: Sequence[int], count: int
+) -> list[list[int]]:
+    """Tokens likely to be drawn at each position from logits near these, best first: their noise is known already.
+
+    Approximate on purpose (the likeliest 256 only, no penalty): for drafts.
+    """
+    values, tokens = logits.topk(min(_PREFILTER, logits.shape[-1]), dim=-1)
+    keys = [_key(options, position) for position in positions]
+    halves = torch.tensor([[key & _MASK32, key >> 32] for key in keys], device=logits.device)
+    scores = warp(values.float(), options) + _gumbel(tokens, halves[:, :1], halves[:, 1:])
+    best = scores.topk(min(count, tokens.shape[-1]), dim=-1)
+    drawn: list[list[int]] = (
+        tokens.gather(-1, best.indices).masked_fill(best.values == -math.inf, -1).tolist()
+    )
+    return [[token for token in row if token >= 0] for row in drawn]
+
+
 def warp(logits: Float[Tensor, "... V"], options: SamplingOptions) -> Float[Tensor, "... V"]:
     """Temperature and filters; what is cut off becomes -inf. The softmax is the distribution drawn from."""
     scores = logits / options.temperature if options.temperature > 0 else logits
@@ -131,9 +149,17 @@ def noise(options: SamplingOptions, position: int, tokens: Int[Tensor, "..."]) -
     Two rounds of a 32-bit finaliser over (token, key), where the key mixes seed, sample and position.
     `log1p` of a 32-bit uniform keeps the upper tail exact in float32.
     """
-    key = _mix64(_mix64(_mix64(options.seed) ^ options.sample) ^ position)
-    bits = _mix32(tokens.long() ^ (key & _MASK32))
-    bits = _mix32(bits ^ (key >> 32))
+    key = _key(options, position)
+    return _gumbel(tokens, key & _MASK32, key >> 32)
+
+
+def _key(options: SamplingOptions, position: int) -> int:
+    return _mix64(_mix64(_mix64(options.seed) ^ options.sample) ^ position)
+
+
+def _gumbel(tokens: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+    bits = _mix32(tokens.long() ^ low)
+    bits = _mix32(bits ^ high)
     uniform = ((bits.double() + 0.5) * 2.0**-32).float().clamp_(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
 

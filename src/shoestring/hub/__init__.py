@@ -4,7 +4,7 @@ from shoestring.hub.cache import cache_root, folder_bytes
 from shoestring.hub.catalogue import BUNDLED, BundledModel
 from shoestring.hub.inventory import ModelInfo, list_models, remove_model
 from shoestring.hub.pretrained import Pretrained, device_of, load_pretrained, torch_dtype
-from shoestring.hub.resolving import check_dtype, resolve
+from shoestring.hub.resolving import check_dtype, find_gguf, resolve
 from shoestring.hub.source import ModelSource, open_source
 from shoestring.hub.verify import verify_folder
 
@@ -17,6 +17,7 @@ __all__ = [
     "cache_root",
     "check_dtype",
     "device_of",
+    "find_gguf",
     "folder_bytes",
     "list_models",
     "load_pretrained",

@@ -101,6 +101,23 @@ def config_of_header(header: GgufHeader) -> "PretrainedConfig":
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelFileError(f"{header.path} lacks the tensor token_embd.weight")
+    queries, keys = heads * head_dim, numbers.of("attention.head_count_kv", heads) * head_dim
+    last = numbers.of("block_count") - 1
+    # The metadata's sizes are the tensors', which the file's own size bounds.
+    for name, shape in {
+        "token_embd.weight": (hidden, embedding.shape[1]),
+        "blk.0.attn_q.weight": (hidden, queries),
+        "blk.0.attn_k.weight": (hidden, keys),
+        "blk.0.ffn_up.weight": (hidden, numbers.of("feed_forward_length")),
+        f"blk.{last}.attn_q.weight": (hidden, queries),
+    }.items():
+        found = header.tensors.get(name)
+        if found is None:
+            raise ModelFileError(f"{header.path} lacks the tensor {name}: its weights are incomplete")
+        if found.shape != shape:
+            raise ModelFileError(
+                f"{header.path} is a broken GGUF file: {name} is {list(found.shape)}, and its metadata says {list(shape)}"
+            )
     theta = header.metadata.get(f"{architecture}.rope.freq_base", 10000.0)
     epsilon = header.metadata.get(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-6)
     for name, value in (("rope.freq_base", theta), ("attention.layer_norm_rms_epsilon", epsilon)):

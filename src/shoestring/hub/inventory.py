@@ -20,7 +20,7 @@ class ModelInfo:
 
     name: str
     kind: str
-    """`bundled`, `converted` (from a .gguf file) or `hub`."""
+    """`bundled`, `converted` (from a .gguf file), `packed` (for the CPU's native step) or `hub`."""
     local: bool
     size_bytes: int
     """Bytes on disk; for a bundled model that is not local, bytes to fetch."""
@@ -28,7 +28,7 @@ class ModelInfo:
 
 
 def list_models() -> list[ModelInfo]:
-    """Bundled models, converted GGUF files and the hub models of this machine."""
+    """Bundled models, converted GGUF files, packed weights and the hub models of this machine."""
     models = []
     for name, bundled in BUNDLED.items():
         parts = _bundled_parts(name)
@@ -38,8 +38,11 @@ def list_models() -> list[ModelInfo]:
     own = {part for name in BUNDLED for part in _bundled_parts(name)}
     models += [
         ModelInfo(folder.name, "converted", True, folder_bytes(folder), folder)
-        for folder in _converted()
+        for folder in _made("converted")
         if folder not in own
+    ]
+    models += [
+        ModelInfo(folder.name, "packed", True, folder_bytes(folder), folder) for folder in _made("packed")
     ]
     models += [
         ModelInfo(repo.repo_id, "hub", True, repo.size_on_disk, Path(repo.repo_path))
@@ -56,7 +59,7 @@ def remove_model(name: str) -> int:
     """
     if name in BUNDLED:
         return sum(_delete(part) for part in _bundled_parts(name))
-    for folder in _converted():
+    for folder in [*_made("converted"), *_made("packed")]:
         if folder.name == name:
             return _delete(folder)
     for repo in _hub_models():
@@ -72,13 +75,14 @@ def _bundled_parts(name: str) -> list[Path]:
     """The conversions of a bundled model, of any dtype and converter version, and its fetched GGUF."""
     model = BUNDLED[name]
     prefix = f"{name}-{model.gguf_sha256[:16]}-"
-    parts = [folder for folder in _converted() if folder.name.startswith(prefix)]
+    parts = [folder for folder in _made("converted") if folder.name.startswith(prefix)]
     gguf = cache_root() / "bundled" / model.gguf_name
     return [*parts, gguf] if gguf.is_file() else parts
 
 
-def _converted() -> Iterator[Path]:
-    folder = cache_root() / "converted"
+def _made(kind: str) -> Iterator[Path]:
+    """The cache's whole folders of a kind."""
+    folder = cache_root() / kind
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
             if not path.name.startswith(".") and not path.is_symlink() and (path / MANIFEST).is_file():

@@ -86,7 +86,9 @@ def _open(
     except ModelFileError:
         return None
     sizes = _sizes(shapes, kinds)
-    if manifest.get("types") != {name: kind.name for name, kind in kinds.items()}:
+    if not isinstance(manifest, dict) or manifest.get("types") != {
+        name: kind.name for name, kind in kinds.items()
+    }:
         return None
     if {name: tensor.nbytes for name, tensor in stored.items()} != sizes:
         return None

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoestring.decoding.decode import decode
-from shoestring.decoding.drafters.merged import AcceptanceRates, MergedDrafter
+from shoestring.decoding.drafters.merged import MergedDrafter
 from shoestring.decoding.drafters.protocol import Context
+from shoestring.decoding.drafters.rates import AcceptanceRates
 from shoestring.decoding.tune import StepCost
 from shoestring.errors import RequestError
 

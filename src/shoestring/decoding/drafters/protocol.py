@@ -146,6 +146,10 @@ class StepObservation:
         """The likeliest tokens after a node, as many as the draft asked for."""
         return self.results.top_k(self.first_row + node)
 
+    def candidates(self, nodes: Sequence[int], count: int) -> list[list[int]]:
+        """Per node, tokens likely to follow it, best first, no more than the draft's `top_k`: for drafts."""
+        return self.results.candidates([self.first_row + node for node in nodes], count)
+
 
 @runtime_checkable
 class Drafter(Protocol):

@@ -1,0 +1,1 @@
+"""Training what goes with causal language models: look-ahead embeddings (PaSS)."""
