@@ -12,6 +12,7 @@ import torch
 from shoestring import hub
 from shoestring.decoding.decode import check_prompt
 from shoestring.decoding.drafters.protocol import Drafter
+from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import Base, LookAhead, load_look_ahead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.tune import StepCost, remembered_step_cost
@@ -140,8 +141,7 @@ class LanguageModel:
 
     Args:
         model: the HF module, unmodified; `close` gives it its own attention back. None where `runner` needs none.
-        tokenizer: transformers' tokenizer, or None to work with token ids only.
-        name: for messages.
+        tokenizer, name: transformers' tokenizer, or None to work with token ids only; a name for messages.
         slots: the most sequences in one step.
         progress: called as ("measure", done, total) while the cost of steps is timed.
         runner: the body that runs the model; None: an `HFRunner`, which changes the module's attention.
@@ -177,6 +177,7 @@ class LanguageModel:
         self._slots, self._progress = slots, progress
         self._step_cost: StepCost | None = None
         self._draft_runners: dict[str, Runner] = {}
+        self._governor = Governor()
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.runner.weights}, {self.device})"
@@ -407,7 +408,7 @@ class LanguageModel:
             self.runner,
             self.tokenizer,
             [self.encode(prompt) for prompt in prompts],
-            DraftingEnvironment(self.step_cost, self.draft_runner, self.look_ahead),
+            DraftingEnvironment(self.step_cost, self.draft_runner, self.look_ahead, governor=self._governor),
             eos_ids=self.eos_ids,
             slots=self._slots,
             **options,

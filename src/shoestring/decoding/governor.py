@@ -1,58 +1,89 @@
-"""Whether drafting pays, by the clock: tokens per second of steps with drafts against steps without.
+"""Whether drafting pays, by the clock: steps are timed as they come, and drafts that lose to plain steps rest.
 
-What a step's rows cost is measured once, and what guesses are worth is learnt; but a busy machine, a long context or a
-text that repeats nothing can make drafting lose all the same. So steps are timed as they come: where drafts lose, they rest
-for a while, twice as long each time, and are then tried again.
+What a step's rows cost is measured once, perhaps while the machine was busy, and without the drafter's own work. So the
+steps that decoding takes correct that measurement, row count by row count, and the drafter plans with the corrected one.
+And where drafting still gives fewer tokens per second than plain steps do (a text that repeats nothing, a long context),
+drafts rest for a while, twice as long each time, and are then tried again.
 """
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
+
+from shoestring.decoding.tune import StepCost
 
 __all__ = ["Governor"]
 
+_PLAIN_STEPS = 7  # the latest of them say what a plain step takes: their median
+_WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
+_FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
+
 
 class Governor:
-    """Times the steps of a request's sequences, which share one step, and says whether the next one should draft.
+    """Times the steps of a model's sequences, which share one step, and says whether the next one should draft.
 
     Args:
         trial: drafting steps before the first verdict; a later trial, after a rest, takes half as many.
-        rest: plain steps after a lost trial; doubled by each loss up to `most_rest`, and reset by a win.
+        rest: plain steps after a lost trial; doubled by each loss up to `most_rest`, and reset by a win or a new text.
         refresh: a plain step is taken after so many drafting ones, so that its cost stays known.
         clock: seconds.
     """
 
     def __init__(
         self,
-        trial: int = 8,
-        rest: int = 16,
+        trial: int = 6,
+        rest: int = 24,
         most_rest: int = 128,
-        refresh: int = 64,
+        refresh: int = 32,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._trial, self._first_rest, self._most_rest, self._refresh = trial, rest, most_rest, refresh
         self._clock = clock
-        self._rest = rest
+        self.cost: StepCost | None = None
+        self._measured: StepCost | None = None
+        self._corrections: list[
+            float | None
+        ] = []  # factors of the measured seconds, None where no step was seen
         self._began: float | None = None  # the step that is under way
         self._ended = 0.0
-        self._drafted, self._tokens, self._counts = False, 0, True
-        self._sequences = 0
-        self._plain_seconds: float | None = None  # of a plain step, and of a drafting one and what it emitted
+        self._drafted, self._tokens, self._rows, self._counts, self._sequences = False, 0, 0, True, 0
+        self._plain: deque[float] = deque(maxlen=_PLAIN_STEPS)
         self._draft_seconds = self._draft_tokens = 0.0
-        # Two plain steps come first: one to warm up, one to be timed.
-        self._resting, self._trying, self._since_plain = 2, trial, 0
+        # A few plain steps come first, the first of them to warm up.
+        self._rest, self._resting, self._trying, self._since_plain = rest, 4, trial, 0
+
+    def calibrate(self, measured: StepCost) -> StepCost:
+        """The measured cost of a step as steps have corrected it so far."""
+        if measured != self._measured:
+            self._measured = self.cost = measured
+            self._corrections = [None] * len(measured.rows)
+        assert self.cost is not None, "set above"
+        return self.cost
+
+    def begins(self) -> None:
+        """A text begins: it may repeat itself where the last one did not."""
+        self._rest, self._resting = self._first_rest, min(self._resting, self._first_rest)
 
     def drafts(self) -> bool:
         """Whether the step that begins now should draft. Called by every sequence that takes part in it."""
         if self._began is None or self._tokens:
             self._finish()
-            self._began, self._tokens, self._counts, self._sequences = self._clock(), 0, True, 0
+            self._began, self._tokens, self._rows, self._counts, self._sequences = (
+                self._clock(),
+                0,
+                0,
+                True,
+                0,
+            )
             self._drafted = self._resting <= 0
         self._sequences += 1
         return self._drafted
 
-    def ends(self, tokens: int, counts: bool = True) -> None:
-        """The step emitted tokens of one sequence; one that also read a prompt does not count."""
+    def ends(self, tokens: int, rows: int = 1, counts: bool = True) -> None:
+        """The step took so many rows of one sequence and emitted tokens; one that also read a prompt does not count."""
         self._tokens += tokens
+        self._rows += rows
         self._ended = self._clock()
         self._counts = self._counts and counts
 
@@ -62,11 +93,13 @@ class Governor:
             return
         seconds, share = self._ended - self._began, self._tokens / max(1, self._sequences)
         if not self._drafted:
-            known = self._plain_seconds
-            self._plain_seconds = seconds if known is None else known + (seconds - known) / 4
+            self._plain.append(seconds)
+            self._correct(self._rows, statistics.median(self._plain))
             self._resting -= 1
             self._since_plain = 0
             return
+        if self._rows > self._sequences:
+            self._correct(self._rows, seconds)
         self._since_plain += 1
         if self._since_plain >= self._refresh:
             self._resting = 1
@@ -74,11 +107,32 @@ class Governor:
         self._draft_seconds = keep * self._draft_seconds + seconds
         self._draft_tokens = keep * self._draft_tokens + share
         self._trying -= 1
-        if self._trying > 0 or self._plain_seconds is None:
+        if self._trying > 0 or not self._plain:
             return
-        if self._draft_tokens * self._plain_seconds >= self._draft_seconds:
+        if self._draft_tokens * statistics.median(self._plain) >= self._draft_seconds:
             self._rest = self._first_rest
             return
         self._resting, self._rest = self._rest, min(2 * self._rest, self._most_rest)
         self._trying = max(1, self._trial // 2)
         self._draft_seconds = self._draft_tokens = 0.0
+
+    def _correct(self, rows: int, seconds: float) -> None:
+        """Let the time of a step of `rows` rows correct the measured cost."""
+        measured = self._measured
+        if measured is None:
+            return
+        nearest = min(range(len(measured.rows)), key=lambda i: abs(measured.rows[i] - rows))
+        factor, known = seconds / measured.of(rows), self._corrections[nearest]
+        if not self._drafted:
+            # What a plain step takes is a median already; other corrections fade towards its own.
+            self._corrections = [
+                None if other is None else other + _FADING * (factor - other) for other in self._corrections
+            ]
+            known = None
+        self._corrections[nearest] = factor if known is None else known + _WEIGHT * (factor - known)
+        seen = [i for i, other in enumerate(self._corrections) if other is not None]
+        factors = [self._corrections[min(seen, key=lambda s: abs(s - i))] for i in range(len(measured.rows))]
+        self.cost = StepCost(
+            measured.rows,
+            tuple(base * (factor or 1.0) for base, factor in zip(measured.seconds, factors, strict=True)),
+        )

@@ -19,6 +19,7 @@ __all__ = ["ROW_COUNTS", "StepCost", "measure_step_cost", "remembered_step_cost"
 ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _CONTEXT = 192
 _TUNING_SLOT = -1
+_LEAST_SECONDS, _MOST_REPETITIONS = 0.06, 24
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,13 @@ class StepCost:
                 return cheap + (dear - cheap) * max(rows - low, 0) / (high - low)
         return seconds[0]
 
-    def pays(self, most_tokens: float = 2.5) -> bool:
-        """Whether any number of rows could be worth its time if it gave the most tokens that drafts ever do.
+    def pays(self) -> bool:
+        """Whether any number of rows would be worth its time if half of their tokens were right.
 
-        Tokens per step grow about with the logarithm of the rows: `1 + log2(rows) / 4` up to `most_tokens`.
+        Where not even that pays, drafting never will; how much of a draft is right shows while decoding.
         """
         plain = self.of(1)
-        return any(
-            min(1 + (count.bit_length() - 1) / 4, most_tokens) * plain > self.of(count)
-            for count in self.rows[1:]
-        )
+        return any((1 + (count - 1) / 2) * plain > self.of(count) for count in self.rows[1:])
 
     def best_rows(self, chances: Sequence[float], batch: int = 1) -> int:
         """How many drafted rows, taken in order, give the most expected tokens per second.
@@ -97,12 +95,15 @@ def measure_step_cost(
             if progress is not None:
                 progress(done, len(rows))
             tree = TokenTree.chain([(17 * i + 3) % vocabulary for i in range(count)])
-            times = []
-            for _ in range(repetitions + 1):
+            times: list[float] = []
+            # Short steps are repeated until caches and threads are as warm as decoding keeps them.
+            while len(times) <= repetitions or (
+                sum(times) < _LEAST_SECONDS and len(times) < _MOST_REPETITIONS
+            ):
                 began = time.perf_counter()
                 runner.step({_TUNING_SLOT: tree})[_TUNING_SLOT].next_token(0)
                 times.append(time.perf_counter() - began)
-            seconds.append(statistics.median(times[1:]))
+            seconds.append(statistics.median(times[len(times) // 2 :]))
         if progress is not None:
             progress(len(rows), len(rows))
     finally:

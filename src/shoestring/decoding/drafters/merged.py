@@ -62,6 +62,8 @@ class MergedDrafter:
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Forget the last sequence (rates are the model's, and stay)."""
+        if self._governor is not None:
+            self._governor.begins()
         self._index = SuffixIndex(_LONGEST)
         self._table = SuccessorTable()
         if self._ahead is not None:
@@ -75,6 +77,8 @@ class MergedDrafter:
         self._index.extend(context.tokens)
         # A budget of the user's is obeyed; the measured cost only reaches as far as it was measured.
         cost = self._cost if self._budget is None else None
+        if cost is not None and self._governor is not None:
+            cost = self._governor.calibrate(cost)
         most = min(budget, self._budget or budget)
         if cost is not None:
             most = min(most, cost.most_rows // context.batch - 1)
@@ -148,7 +152,7 @@ class MergedDrafter:
         """Count which guesses came true along the accepted path, then remember all rows' successors."""
         draft, tokens = step.draft, step.context.tokens
         if self._governor is not None:
-            self._governor.ends(len(step.emitted), counts=step.first_row == 1)
+            self._governor.ends(len(step.emitted), 1 + len(draft), counts=step.first_row == 1)
         if not draft.top_k:  # a plain step: nothing was guessed
             if self._ahead is not None:
                 self._ahead.forget()
