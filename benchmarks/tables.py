@@ -174,6 +174,24 @@ def pass_speed() -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def quantization() -> str:
+    """Perplexity of each weight type on text and weights that were never quantised."""
+    parts = []
+    for name, result in load_results("quantization"):
+        rows = []
+        for setting, row in result["settings"].items():
+            low, high = row["interval_95_percent"]
+            change = f"{row['over_bfloat16_percent']:+.2f}% ({low:+.2f} to {high:+.2f})"
+            rows.append([setting, f"{row['perplexity']:.3f}", "" if setting == "bfloat16" else change])
+        tokens = result["training"]["tokens"]
+        parts.append(
+            f"A 17M-parameter Llama trained on {tokens / 1e6:.1f}M tokens of English, on the {result['tokens']:,} tokens "
+            f"behind them; 95% bootstrap intervals (commit {result['commit']}, [{name}](RESULTS/{name})):\n\n"
+            + table(["weights", "perplexity", "against bfloat16"], rows)
+        )
+    return "\n".join(parts)
+
+
 def llama_cpp() -> str:
     """Steps, prefill and tokens per second beside llama.cpp on the same files, as ratios within one run."""
     parts = []
@@ -306,6 +324,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pass-controls": pass_controls,
     "pass-speed": pass_speed,
     "llama-cpp": llama_cpp,
+    "quantization": quantization,
     "translation-quality": translation_quality,
     "training-rate": training_rate,
     "translation-speed": translation_speed,
