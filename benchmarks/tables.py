@@ -192,6 +192,28 @@ def quantization() -> str:
     return "\n".join(parts)
 
 
+def weight_streaming() -> str:
+    """How near a one-row step of a 1B-shaped model comes to the memory's rate."""
+    parts = []
+    for name, result in load_results("weight_streaming"):
+        rows = [
+            [
+                setting,
+                f"{row['weight_bytes'] / 1e6:,.0f} MB",
+                f"{row['t1_ms']:.1f} ms",
+                f"{row['share_of_read_rate']:.0%} ({row['share_range'][0]:.0%}-{row['share_range'][1]:.0%})",
+                f"{row['t16_ms'] / row['t1_ms']:.2f}",
+            ]
+            for setting, row in result["settings"].items()
+        ]
+        parts.append(
+            f"{result['shape']}, random weights that no cache holds, {result['machine']}, commit {result['commit']} "
+            f"([{name}](RESULTS/{name})):\n\n"
+            + table(["weights", "read a step", "t(1)", "of the memory's read rate", "t(16) / t(1)"], rows)
+        )
+    return "\n".join(parts)
+
+
 def llama_cpp() -> str:
     """Steps, prefill and tokens per second beside llama.cpp on the same files, as ratios within one run."""
     parts = []
@@ -325,6 +347,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pass-speed": pass_speed,
     "llama-cpp": llama_cpp,
     "quantization": quantization,
+    "weight-streaming": weight_streaming,
     "translation-quality": translation_quality,
     "training-rate": training_rate,
     "translation-speed": translation_speed,
