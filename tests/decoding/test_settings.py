@@ -146,6 +146,7 @@ def test_numbers_given_are_obeyed_without_measuring():
 def test_lookahead_without_numbers_is_as_large_as_rows_are_cheap():
     def size(cost, **numbers):
         drafter = Lookahead(**numbers).drafter(environment(cost), GREEDY)
+        drafter = getattr(drafter, "_drafter", drafter)
         return drafter._columns, drafter._levels + 1, drafter._guesses
 
     assert size(CHEAP) == (15, 5, 15)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoestring.decoding.drafters.draft_model import DraftModelDrafter
+from shoestring.decoding.drafters.governed import GovernedDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.merged import MergedDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
@@ -78,7 +79,9 @@ class Autoregressive:
 
 @dataclass(frozen=True)
 class Lookahead:
-    """Lookahead decoding, the paper's algorithm. Without numbers it sizes itself from the measured step cost.
+    """Lookahead decoding, the paper's algorithm, with the numbers given.
+
+    Without numbers it sizes itself from the measured cost of a step, and rests where its steps lose to plain ones.
 
     Args:
         window, ngram, guesses: W, N, G of the paper; the paper's choice for 7B models on a GPU is 15, 5, 15.
@@ -99,10 +102,11 @@ class Lookahead:
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """A lookahead drafter of the given or measured size."""
         window, ngram, guesses = self.window, self.ngram, self.guesses
+        sizes_itself = window is None or ngram is None or guesses is None
         if window is None or ngram is None or guesses is None:
             sized = _affordable_lookahead(environment.step_cost())
             window, ngram, guesses = window or sized[0], ngram or sized[1], guesses or sized[2]
-        return LookaheadDrafter(
+        drafter = LookaheadDrafter(
             window,
             ngram,
             guesses,
@@ -110,6 +114,7 @@ class Lookahead:
             keep_window=self.keep_window,
             seed=sampling.seed,
         )
+        return GovernedDrafter(drafter, environment.governor) if sizes_itself else drafter
 
 
 @dataclass(frozen=True)

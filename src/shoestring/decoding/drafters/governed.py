@@ -1,0 +1,38 @@
+"""A drafter that rests where the clock says that its drafts lose to plain steps."""
+
+from collections.abc import Sequence
+
+from shoestring.decoding.drafters.protocol import Context, Draft, Drafter, StepObservation
+from shoestring.decoding.governor import Governor
+
+__all__ = ["GovernedDrafter"]
+
+
+class GovernedDrafter:
+    """Another drafter, whose proposals are dropped while the governor lets it rest.
+
+    Args:
+        drafter: it must bear not to see some steps.
+        governor: shared by the sequences that share steps.
+    """
+
+    def __init__(self, drafter: Drafter, governor: Governor) -> None:
+        self._drafter, self._governor = drafter, governor
+        self._resting = False
+        self.name = getattr(drafter, "name", type(drafter).__name__)
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """A new sequence starts."""
+        self._governor.begins()
+        self._drafter.begin(prompt)
+
+    def propose(self, context: Context, budget: int) -> Draft | Sequence[Sequence[int]]:
+        """The drafter's proposal, or nothing."""
+        self._resting = not self._governor.drafts()
+        return Draft() if self._resting else self._drafter.propose(context, budget)
+
+    def observe(self, step: StepObservation) -> None:
+        """Time the step; the drafter sees those that it drafted for."""
+        self._governor.ends(len(step.emitted), 1 + len(step.draft), counts=step.first_row == 1)
+        if not self._resting:
+            self._drafter.observe(step)
