@@ -233,3 +233,15 @@ def test_two_processes_convert_once(tmp_path: Path, cache: Path, make_gguf: Make
     assert [process.returncode for process in running] == [0, 0]
     assert answers[0][0] == answers[1][0]
     assert sorted(answer[1] for answer in answers) == ["0", "2"]
+
+
+@pytest.mark.parametrize("name", ["feed_forward_length", "embedding_length", "block_count"])
+def test_sizes_that_no_tensor_has_are_refused_before_conversion(
+    tmp_path: Path, cache: Path, make_gguf: Make, name: str
+) -> None:
+    path = make_gguf(tmp_path / "tiny.gguf")
+    whole, key = path.read_bytes(), f"llama.{name}".encode()
+    value = whole.index(key) + len(key) + 4  # behind the type
+    path.write_bytes(whole[:value] + struct.pack("<I", 1 << 30) + whole[value + 4 :])
+    with pytest.raises(ModelFileError, match=rf"tiny\.gguf is a broken GGUF file: {name} is {1 << 30}"):
+        hub.resolve(path)

@@ -53,12 +53,30 @@ def convert_gguf(
                     f"{path} is one part of a split GGUF, which cannot be converted (it runs as it lies, on the CPU with "
                     "dtype auto): join the parts first (llama-gguf-split --merge)"
                 )
+            _check_sizes(header)
             stored = "bfloat16" if dtype == "auto" else dtype
             needed = header.parameters * _BYTES[stored] + _SPARE
             require_space(target.parent, needed, f"converting {path.name}")
             with whole_folder(target) as part:
                 _write(header, part, stored, sha256, progress)
     return target
+
+
+def _check_sizes(header: GgufHeader) -> None:
+    """Refuse sizes that no tensor of the file has: transformers would allocate them first and miss the weights after."""
+    widest = max(max(tensor.shape) for tensor in header.tensors.values())
+    for name in ("embedding_length", "feed_forward_length", "attention.key_length", "attention.value_length"):
+        value = header.metadata.get(f"{header.architecture}.{name}", 0)
+        for size in value if isinstance(value, list) else [value]:
+            if not isinstance(size, int) or not 0 <= size <= widest:
+                raise ModelFileError(
+                    f"{header.path} is a broken GGUF file: {name} is {size!r}, and its widest tensor has {widest}"
+                )
+    blocks = header.metadata.get(f"{header.architecture}.block_count", 0)
+    if not isinstance(blocks, int) or not 0 <= blocks <= len(header.tensors):
+        raise ModelFileError(
+            f"{header.path} is a broken GGUF file: block_count is {blocks!r}, with {len(header.tensors)} tensors"
+        )
 
 
 def _is_whole(folder: Path) -> bool:
