@@ -235,7 +235,9 @@ def test_two_processes_convert_once(tmp_path: Path, cache: Path, make_gguf: Make
     assert sorted(answer[1] for answer in answers) == ["0", "2"]
 
 
-@pytest.mark.parametrize("name", ["feed_forward_length", "embedding_length", "block_count"])
+@pytest.mark.parametrize(
+    "name", ["feed_forward_length", "embedding_length", "block_count", "rope.dimension_count"]
+)
 def test_sizes_that_no_tensor_has_are_refused_before_conversion(
     tmp_path: Path, cache: Path, make_gguf: Make, name: str
 ) -> None:

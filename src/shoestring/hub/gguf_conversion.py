@@ -23,6 +23,18 @@ MANIFEST = "shoestring.json"
 
 _BYTES = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 _SPARE = 64 << 20
+# None of these is larger than the widest tensor.
+_SIZES = (
+    "vocab_size",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "expert_count",
+)
 
 
 def converted_folder(stem: str, sha256: str, dtype: str) -> Path:
@@ -65,7 +77,7 @@ def convert_gguf(
 def _check_sizes(header: GgufHeader) -> None:
     """Refuse sizes that no tensor of the file has: transformers would allocate them first and miss the weights after."""
     widest = max(max(tensor.shape) for tensor in header.tensors.values())
-    for name in ("embedding_length", "feed_forward_length", "attention.key_length", "attention.value_length"):
+    for name in _SIZES:
         value = header.metadata.get(f"{header.architecture}.{name}", 0)
         for size in value if isinstance(value, list) else [value]:
             if not isinstance(size, int) or not 0 <= size <= widest:
