@@ -15,7 +15,7 @@ help:  ## List the targets
 
 demo: $(VENV)/.installed  ## Decode three real prompts plainly, by lookahead and by merged drafts, side by side
 	@$(BIN)/shoestring pull smollm2-135m
-	@$(BIN)/shoestring compare --prompts examples/prompts.jsonl --max-new-tokens 64 \
+	@$(BIN)/shoestring compare --prompts examples/prompts.jsonl --max-new-tokens 128 \
 		--decoding autoregressive --decoding lookahead --decoding auto
 
 test: $(VENV)/.installed-dev lint types unit  ## Lint, types and tests

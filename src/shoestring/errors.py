@@ -11,6 +11,7 @@ __all__ = [
     "ShoestringError",
     "TrainingError",
     "UnsupportedModelError",
+    "first_line",
     "suggest",
 ]
 
@@ -45,6 +46,11 @@ class TrainingError(ShoestringError):
 
 class MissingDependencyError(ShoestringError, ImportError):
     """An optional part is not installed; the message is the command that installs it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Another library's error on one line: its message's first, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def suggest(value: str, known: Iterable[str]) -> str:

@@ -43,9 +43,14 @@ def test_winning_drafts_go_on_but_for_a_look_at_the_plain_step():
 
 def test_losing_drafts_rest_longer_and_longer():
     drafted = run(600, plain=1.0, drafting=1.5, accepted=lambda step: 1)
-    assert sum(drafted[:40]) == 6 + 3
-    # 6, and 3 after a rest of 24, 48, 96, 128, 128, ...: little is lost in the long run.
-    assert sum(drafted) <= 6 + 3 * 6
+    assert sum(drafted[:40]) == 3 + 3  # so far behind that the first trial of six ends after three
+    # 3 after a rest of 24, 48, 96, 128, 128, ...: little is lost in the long run.
+    assert sum(drafted) <= 3 + 3 * 6
+
+
+def test_a_narrow_loss_takes_the_whole_trial():
+    drafted = run(40, plain=1.0, drafting=1.2, accepted=lambda step: 1)
+    assert sum(drafted[:24]) == 6
     assert any(drafted[-140:]), "tried again some time"
 
 

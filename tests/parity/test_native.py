@@ -82,7 +82,7 @@ def assert_same_results(trees, expected, actual, layers=()):
                 assert ours.log_probability(row, 5) == pytest.approx(theirs.log_probability(row, 5), abs=1e-3)
 
 
-def drive(runners: list[Runner], script, layers=()) -> None:
+def assert_driven_alike(runners: list[Runner], script, layers=()) -> None:
     """Put the same steps through both runners and compare all rows; keep a random path of each tree."""
     chance = random.Random(7)
     want = Outputs(logits=True, top_k=3, hidden_states=layers)
@@ -113,7 +113,7 @@ def test_rows_are_those_of_the_plain_runner(name, instruction_set):
         slots = (0, 1) if index % 3 else (0,)
         kind = "chain" if index % 2 == 0 else "tree"
         script.append({slot: random_tree(chance, rows + slot, kind) for slot in slots})
-    drive([runner_of(name), native_of(name, instruction_set)], script, layers=(0, 1, 2))
+    assert_driven_alike([runner_of(name), native_of(name, instruction_set)], script, layers=(0, 1, 2))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -129,7 +129,7 @@ def test_long_contexts_are_attended_in_several_splits(name):
         for rows in (30, 1, 300, 3, 400)
     ]
     runners = [HFRunner(model), NativeRunner.from_module(native_model)]
-    drive(runners, script)
+    assert_driven_alike(runners, script)
 
 
 def test_greedy_tokens_are_those_of_generate(name):

@@ -11,7 +11,7 @@ from shoestring.transformer.search import SearchOptions, _Beam, _Greedy, search
 from shoestring.transformer.stepping import graph_window
 
 
-def same(a, b):
+def assert_same_texts(a, b):
     assert [[h.tokens for h in row] for row in a] == [[h.tokens for h in row] for row in b]
     for one, other in zip(itertools.chain(*a), itertools.chain(*b), strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-5)
@@ -21,7 +21,7 @@ def same(a, b):
 def test_cached_is_uncached(model, batch, beam):
     cached = search(model, *batch, SearchOptions(beam=beam, extra_length=12), best=beam)
     plain = search(model, *batch, SearchOptions(beam=beam, extra_length=12, cached=False), best=beam)
-    same(cached, plain)
+    assert_same_texts(cached, plain)
     assert len({len(row[0].tokens) for row in cached}) > 1, "the texts should end at different lengths"
 
 
@@ -32,7 +32,7 @@ def test_batch_is_single(model, batch, beam):
     alone = [
         search(model, ids[n : n + 1, : mask[n].sum()], None, options, best=beam)[0] for n in range(len(ids))
     ]
-    same(search(model, ids, mask, options, best=beam), alone)
+    assert_same_texts(search(model, ids, mask, options, best=beam), alone)
 
 
 @pytest.mark.parametrize("kind", [_Greedy, _Beam])
@@ -47,7 +47,7 @@ def test_steps_in_wide_windows_are_those_in_exact_ones(model, batch, kind):
         state = kind(model, decoder, limits, longest, options, 1)
         for at in range(longest):
             state.step(graph_window(at, longest))
-    same(state.results(), search(model, ids, mask, options))
+    assert_same_texts(state.results(), search(model, ids, mask, options))
 
 
 def test_windows():
@@ -85,7 +85,7 @@ def test_stopping_early_changes_nothing(model, batch):
         state._most = state._most * 0 + 1e-9  # no bound is ever met
         for at in range(longest):
             state.step(at + 1)
-    same(search(model, ids, mask, options, best=3), state.results())
+    assert_same_texts(search(model, ids, mask, options, best=3), state.results())
 
 
 @pytest.mark.parametrize("beam", [1, 4])

@@ -17,6 +17,7 @@ __all__ = ["Governor"]
 
 _PLAIN_STEPS = 7  # the latest of them say what a plain step takes: their median
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
+_EARLY_STEPS, _CLEAR_LOSS = 3, 0.75  # a trial ends early where it is this far behind plain steps
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
@@ -51,7 +52,7 @@ class Governor:
         self._plain: deque[float] = deque(maxlen=_PLAIN_STEPS)
         self._draft_seconds = self._draft_tokens = 0.0
         # A few plain steps come first, the first of them to warm up.
-        self._rest, self._resting, self._trying, self._since_plain = rest, 4, trial, 0
+        self._rest, self._resting, self._trying, self._tried, self._since_plain = rest, 4, trial, 0, 0
 
     def calibrate(self, measured: StepCost) -> StepCost:
         """The measured cost of a step as steps have corrected it so far."""
@@ -107,13 +108,19 @@ class Governor:
         self._draft_seconds = keep * self._draft_seconds + seconds
         self._draft_tokens = keep * self._draft_tokens + share
         self._trying -= 1
-        if self._trying > 0 or not self._plain:
+        self._tried += 1
+        if not self._plain:
             return
-        if self._draft_tokens * statistics.median(self._plain) >= self._draft_seconds:
+        plainly = self._draft_tokens * statistics.median(self._plain)  # the seconds of as many plain steps
+        clear_loss = self._tried >= _EARLY_STEPS and plainly < _CLEAR_LOSS * self._draft_seconds
+        if self._trying > 0 and not clear_loss:
+            return
+        if plainly >= self._draft_seconds:
             self._rest = self._first_rest
             return
         self._resting, self._rest = self._rest, min(2 * self._rest, self._most_rest)
         self._trying = max(1, self._trial // 2)
+        self._tried = 0
         self._draft_seconds = self._draft_tokens = 0.0
 
     def _correct(self, rows: int, seconds: float) -> None:

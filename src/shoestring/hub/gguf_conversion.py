@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from shoestring.errors import MissingDependencyError, ModelFileError, ShoestringError, suggest
+from shoestring.errors import MissingDependencyError, ModelFileError, ShoestringError, first_line, suggest
 from shoestring.hub.cache import Progress, alone, locked, require_space, subfolder, whole_folder, write_json
 from shoestring.hub.gguf_header import GgufHeader, read_gguf_header
 from shoestring.hub.gguf_rope import mend_rope
@@ -160,7 +160,7 @@ def _dense() -> dict[str, Any]:
 
 
 def _explain(header: GgufHeader, error: Exception) -> ShoestringError:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if "accelerate" in text:
         return MissingDependencyError("converting a GGUF file needs accelerate: pip install accelerate")
     if "not supported" in text and "rchitecture" in text:

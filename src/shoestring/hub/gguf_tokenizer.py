@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoestring.errors import ModelFileError
+from shoestring.errors import ModelFileError, first_line
 from shoestring.hub.cache import alone, locked, subfolder, whole_folder
 from shoestring.hub.gguf_header import GgufHeader
 from shoestring.hub.quiet import quiet_transformers
@@ -58,7 +58,7 @@ def tokenizer_of_header(header: GgufHeader) -> "PreTrainedTokenizerBase | None":
             return _byte_level(header)
         except Exception as error:
             raise ModelFileError(
-                f"{header.path} is a broken GGUF file: its vocabulary makes no tokenizer ({error})"
+                f"{header.path} is a broken GGUF file: its vocabulary makes no tokenizer ({first_line(error)})"
             ) from error
     return _kept(header)
 
@@ -80,12 +80,13 @@ def save_tokenizer(header: GgufHeader, source: Path, folder: Path) -> None:
 def _byte_level(header: GgufHeader) -> "PreTrainedTokenizerBase":
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     metadata = header.metadata
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
-    spelling = _byte_spelling()
-    alphabet = set(spelling)
+    spelling = bytes_to_unicode()
+    alphabet = set(spelling.values())
     # A token outside the byte alphabet (a marker, as a rule) is spelt by its bytes, as the text that it stands for will be.
     spelt = [
         token if set(token) <= alphabet else "".join(spelling[b] for b in token.encode()) for token in tokens
@@ -130,13 +131,6 @@ def _byte_level(header: GgufHeader) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _byte_spelling() -> list[str]:
-    """The character by which a byte-level vocabulary spells each byte (GPT-2's `bytes_to_unicode`)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
 def _kept(header: GgufHeader) -> "PreTrainedTokenizerBase":
     """Made by transformers once, by what the file says of it, and then read from the cache."""
     from transformers import AutoTokenizer
@@ -157,7 +151,7 @@ def _kept(header: GgufHeader) -> "PreTrainedTokenizerBase":
         except OSError:
             raise
         except Exception as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            text = first_line(error)
             raise ModelFileError(f"{header.path}: its tokenizer could not be read: {text}") from error
 
 

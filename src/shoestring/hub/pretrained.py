@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoestring.errors import MissingDependencyError, ModelFileError, RequestError, UnsupportedModelError
+from shoestring.errors import (
+    MissingDependencyError,
+    ModelFileError,
+    RequestError,
+    UnsupportedModelError,
+    first_line,
+)
 from shoestring.hub.cache import Progress
 from shoestring.hub.quiet import quiet_transformers
 from shoestring.hub.resolving import check_dtype, resolve, resolve_adapter
@@ -81,7 +87,7 @@ def load_config(folder: Path) -> Any:
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise UnsupportedModelError(f"{folder / 'config.json'}: {_first_line(error)}") from error
+            raise UnsupportedModelError(f"{folder / 'config.json'}: {first_line(error)}") from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
             f"{folder}: transformers has no causal language model of type {config.model_type!r}"
@@ -107,9 +113,9 @@ def _load_model(folder: Path, dtype: "torch.dtype") -> Any:
         except MemoryError:
             raise
         except ImportError as error:
-            raise MissingDependencyError(f"{folder}: {_first_line(error)}") from error
+            raise MissingDependencyError(f"{folder}: {first_line(error)}") from error
         except Exception as error:
-            raise ModelFileError(f"{folder} could not be loaded: {_first_line(error)}") from error
+            raise ModelFileError(f"{folder} could not be loaded: {first_line(error)}") from error
     model, report = loaded
     # transformers fills missing tensors with noise and only logs it
     if missing := sorted(report["missing_keys"]):
@@ -134,7 +140,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
             )
         except Exception as error:
             raise ModelFileError(
-                f"the tokenizer in {folder} could not be loaded: {_first_line(error)}"
+                f"the tokenizer in {folder} could not be loaded: {first_line(error)}"
             ) from error
     return tokenizer
 
@@ -149,7 +155,7 @@ def _merge(model: Any, folder: Path) -> Any:
         try:
             merged = PeftModel.from_pretrained(model, str(folder), local_files_only=True).merge_and_unload()
         except Exception as error:
-            raise ModelFileError(f"adapter {folder} does not fit this model: {_first_line(error)}") from error
+            raise ModelFileError(f"adapter {folder} does not fit this model: {first_line(error)}") from error
     if any("missing adapter keys" in str(warning.message).lower() for warning in raised):
         raise ModelFileError(f"adapter {folder} lacks tensors that its adapter_config.json asks for")
     return merged
@@ -203,7 +209,3 @@ def _computes_in_bfloat16(device: "torch.device") -> bool:
     # mkldnn's own question says yes to plain AVX-512 too, where bfloat16 is emulated and slower
     flags = torch.cpu.get_capabilities()
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shoestring.errors import DownloadError, ModelFileError, RequestError
+from shoestring.errors import DownloadError, ModelFileError, RequestError, first_line
 from shoestring.hub.cache import Progress, subfolder, write_json
 from shoestring.hub.verify import PICKLE_REASON, read_json, verify_folder, verify_safetensors
 
@@ -87,7 +87,7 @@ def _snapshot(repo: str, revision: str | None, progress: Progress | None) -> Pat
             )
         if isinstance(error, errors.OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
             raise DownloadError(f"{repo}{at} is not on this machine, and HF_HUB_OFFLINE is set") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DownloadError(
             f"{repo}{at} is not on this machine and the hub cannot be reached: {reason}"
         ) from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from shoestring.errors import ModelFileError, RequestError
+from shoestring.errors import ModelFileError, RequestError, first_line
 from shoestring.hub.quiet import quiet_transformers
 from shoestring.transformer.batching import padded
 from shoestring.transformer.config import TransformerConfig
@@ -77,7 +77,7 @@ class Translator:
                 model = Transformer.from_pretrained(folder, config=config, dtype=dtype or torch.float32)
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelFileError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise ModelFileError(f"{path} cannot be loaded: {first_line(error)}") from error
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)  # type: ignore[arg-type]
