@@ -312,7 +312,8 @@ def parsing_quality() -> str:
             f"{result['runs'][0]['parameters']:,} parameters, {result['machine']}, commit {result['commit']} "
             f"([{name}](RESULTS/{name})):\n\n"
             + table(
-                ["run: test set, weights, search", "precision", "recall", "F1", "exact trees %", "training"], rows
+                ["run: test set, weights, search", "precision", "recall", "F1", "exact trees %", "training"],
+                rows,
             )
         )
     return "\n".join(parts) or "Not measured yet.\n"

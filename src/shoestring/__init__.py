@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from shoestring.errors import ShoestringError
     from shoestring.generation import Generation, Piece, Score
     from shoestring.inside_transformers import custom_generate
-    from shoestring.model import LanguageModel, load
+    from shoestring.loading import load
+    from shoestring.model import LanguageModel
 
 __all__ = [
     "Auto",
@@ -36,7 +37,8 @@ _HOMES = {
     "shoestring.errors": ("ShoestringError",),
     "shoestring.inside_transformers": ("custom_generate",),
     "shoestring.generation": ("Generation", "Piece", "Score"),
-    "shoestring.model": ("LanguageModel", "load"),
+    "shoestring.loading": ("load",),
+    "shoestring.model": ("LanguageModel",),
 }
 
 
