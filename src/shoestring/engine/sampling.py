@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from shoestring.errors import RequestError
 
-__all__ = ["SamplingOptions", "likely_draws", "next_token", "noise", "warp"]
+__all__ = ["SamplingOptions", "likely_draws", "next_token", "noise", "noise_keys", "warp"]
 
 _PREFILTER = 256
 _MASK32 = 0xFFFFFFFF
@@ -151,6 +152,15 @@ def noise(options: SamplingOptions, position: int, tokens: Int[Tensor, "..."]) -
     """
     key = _key(options, position)
     return _gumbel(tokens, key & _MASK32, key >> 32)
+
+
+def noise_keys(options: SamplingOptions, positions: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
+    """The noise's 64-bit key at each position, for kernels that hash it with the token themselves."""
+    keys = positions.astype(np.uint64) ^ np.uint64(_mix64(_mix64(options.seed) ^ options.sample))
+    keys += np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
 
 
 def _key(options: SamplingOptions, position: int) -> int:
