@@ -8,6 +8,9 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is imported: threads that spin while they wait make tiny steps 40 times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before Triton is imported: without a GPU its kernels are interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 _BESIDE = Path(__file__).parent.parent.parent / "shared" / "data"
 if "SHOESTRING_DATA" not in os.environ and _BESIDE.is_dir():
     os.environ["SHOESTRING_DATA"] = str(_BESIDE)

@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from shoestring.errors import RequestError
 
-__all__ = ["SamplingOptions", "likely_draws", "next_token", "noise", "warp"]
+__all__ = ["SamplingOptions", "gumbel", "likely_draws", "next_token", "noise", "noise_keys", "warp"]
 
 _PREFILTER = 256
 _MASK32 = 0xFFFFFFFF
@@ -117,7 +118,7 @@ def likely_draws(
     values, tokens = logits.topk(min(_PREFILTER, logits.shape[-1]), dim=-1)
     keys = [_key(options, position) for position in positions]
     halves = torch.tensor([[key & _MASK32, key >> 32] for key in keys], device=logits.device)
-    scores = warp(values.float(), options) + _gumbel(tokens, halves[:, :1], halves[:, 1:])
+    scores = warp(values.float(), options) + gumbel(tokens, halves[:, :1], halves[:, 1:])
     best = scores.topk(min(count, tokens.shape[-1]), dim=-1)
     drawn: list[list[int]] = (
         tokens.gather(-1, best.indices).masked_fill(best.values == -math.inf, -1).tolist()
@@ -150,14 +151,24 @@ def noise(options: SamplingOptions, position: int, tokens: Int[Tensor, "..."]) -
     `log1p` of a 32-bit uniform keeps the upper tail exact in float32.
     """
     key = _key(options, position)
-    return _gumbel(tokens, key & _MASK32, key >> 32)
+    return gumbel(tokens, key & _MASK32, key >> 32)
+
+
+def noise_keys(options: SamplingOptions, positions: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
+    """The noise's 64-bit key at each position, for kernels that hash it with the token themselves."""
+    keys = positions.astype(np.uint64) ^ np.uint64(_mix64(_mix64(options.seed) ^ options.sample))
+    keys += np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
 
 
 def _key(options: SamplingOptions, position: int) -> int:
     return _mix64(_mix64(_mix64(options.seed) ^ options.sample) ^ position)
 
 
-def _gumbel(tokens: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+def gumbel(tokens: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+    """The noise of these tokens under a key's two halves of 32 bits."""
     bits = _mix32(tokens.long() ^ low)
     bits = _mix32(bits ^ high)
     uniform = ((bits.double() + 0.5) * 2.0**-32).float().clamp_(max=1 - 2.0**-24)
