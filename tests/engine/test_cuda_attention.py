@@ -31,7 +31,9 @@ def random_blocks(
     blocks = []
     for slot in reversed(list(trees)):
         length = cached[slot] + len(trees[slot])
-        pages = [torch.randn(block_shape(2, kv_heads, head_dim), device=DEVICE) for _ in range(-(-length // 64))]
+        pages = [
+            torch.randn(block_shape(2, kv_heads, head_dim), device=DEVICE) for _ in range(-(-length // 64))
+        ]
         pages[-1][:, :, :, (length - 1) % 64 + 1 :] = float("nan")  # what was never written is not read
         blocks.append([page.to(dtype) for page in pages])
     return blocks

@@ -1,10 +1,8 @@
 """Compile kernels for a GPU that is not there: `python compiled_triton.py` in a process that does not interpret them."""
 
-import sys
 from typing import Any
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

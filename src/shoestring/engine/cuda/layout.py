@@ -66,7 +66,7 @@ class Bucket:
         """Each field's shape, in the buffer's order."""
         rows, slots, outputs = (self.rows,), (self.slots,), (self.output_rows,)
         return {
-            "token": rows, "position": rows, "slot": rows, "tree_row": rows, "ancestors": (self.rows, _WORDS),
+            "token": rows, "embedded": rows, "position": rows, "slot": rows, "tree_row": rows, "ancestors": (self.rows, _WORDS),
             "table_row": slots, "cached": slots, "first_row": slots, "row_count": slots, "is_chain": slots,
             "output_row": outputs, "key_low": outputs, "key_high": outputs, "temperature": outputs,
             "move_table_row": slots, "move_first": slots, "move_count": slots,
@@ -82,6 +82,8 @@ class DeviceLayout:
     buffer: Int32[Tensor, " N"]
     token: Int32[Tensor, " R"]
     """Token ids; 0 for rows with their own embedding and for padding."""
+    embedded: Int32[Tensor, " R"]
+    """1 for rows with their own embedding."""
     position: Int32[Tensor, " R"]
     """n + depth: the rotary position."""
     slot: Int32[Tensor, " R"]
@@ -199,8 +201,10 @@ class HostLayout:
             last = first + count
             firsts[slot] = first
             token[first:last] = tree.tokens
+            views["embedded"][first:last] = 0
             if tree.embeddings:
                 np.maximum(token[first:last], 0, out=token[first:last])
+                views["embedded"][[first + row for row in tree.embeddings]] = 1
             tree_row[first:last] = _ROWS[:count] if count <= len(_ROWS) else np.arange(count)
             chain = tree.is_chain
             if chain:
@@ -217,6 +221,7 @@ class HostLayout:
                 views[name][index] = value
             first = last
         token[total:] = 0
+        views["embedded"][total:] = 0
         position[total:] = 0
         slot_of[total:] = -1
         tree_row[total:] = 0

@@ -1,0 +1,371 @@
+"""The CUDA runner: a Llama-like model as one CUDA graph a step, on an NVIDIA GPU."""
+
+import functools
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoestring.engine import admission
+from shoestring.engine.cuda.cache import PagedCache
+from shoestring.engine.cuda.cache_moves import move_rows
+from shoestring.engine.cuda.choose import MAX_TOP
+from shoestring.engine.cuda.decoder import Decoder
+from shoestring.engine.cuda.graphs import GRAPH_ROWS, BucketStep, BucketSteps
+from shoestring.engine.results import NOT_FINITE, SlotResults
+from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
+from shoestring.engine.sampling import SamplingOptions
+from shoestring.engine.tokentree import TokenTree
+from shoestring.errors import RequestError
+
+__all__ = ["CudaRunner"]
+
+_UNLIMITED = 32768  # positions, where nothing limits them
+
+
+class CudaRunner:
+    """Runs a Llama-like decoder over token trees with fused Triton kernels, replayed as CUDA graphs.
+
+    Args:
+        decoder: the model on its device. On a CPU (Triton's interpreter) everything runs but graphs.
+        max_positions: the most positions the model can be right on.
+        weights: how the matrices are stored, for people.
+        parameters: how many numbers the weights hold.
+        graphs: False launches every kernel of every step: the graphs' plain twin.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_positions: int | None,
+        weights: str,
+        parameters: int,
+        graphs: bool = True,
+    ) -> None:
+        self._decoder, self._limit = decoder, max_positions
+        self._weights, self._parameters = weights, parameters
+        self.cache = PagedCache(
+            decoder.block_shape, decoder.dtype, decoder.device, max_positions or _UNLIMITED
+        )
+        self.steps = BucketSteps(decoder, self.cache.table, graphs, self._without_graphs)
+        self._sampling: dict[int, SamplingOptions] = {}
+        self._trees: dict[int, TokenTree] = {}
+        self._last: BucketStep | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+        return self._decoder.config.vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most positions the model can be right on."""
+        return self._limit or _UNLIMITED
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; token ids come from the host."""
+        return self._decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrices, keys and values are in; sums and the residual stream are float32."""
+        return self._decoder.dtype
+
+    @property
+    def description(self) -> str:
+        """What runs."""
+        return f"fused step ({'CUDA graphs' if self.steps.graphs else 'Triton'}) on {self.device}"
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold."""
+        return self._parameters
+
+    @property
+    def weights(self) -> str:
+        """How the matrices are stored."""
+        return self._weights
+
+    @property
+    def slots(self) -> Collection[int]:
+        """The slots that are open."""
+        return self._sampling.keys()
+
+    def open(self, slot: int, sampling: SamplingOptions, prompt: Sequence[int] = ()) -> int:
+        """Open a slot; return how many of the prompt's first tokens are cached already."""
+        self._flush()
+        cached = self.cache.open(slot, prompt)
+        self._sampling[slot] = sampling
+        return cached
+
+    def step(self, trees: Mapping[int, TokenTree], want: Outputs = NEXT_TOKENS) -> StepResult:
+        """One forward pass over the slots' trees, packed into one sequence."""
+        if not trees:
+            raise RequestError("a step needs at least one slot's tree")
+        cached = {slot: self.cache.length(slot) for slot in trees}
+        limit = self.max_positions
+        for slot, tree in trees.items():
+            deepest = cached[slot] + max(tree.depths) + 1
+            if limit is not None and deepest > limit:
+                raise RequestError(f"the step reaches position {deepest} of a model with {limit}")
+            self.cache.reserve(slot, len(tree))
+        rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
+        self._trees = dict(trees)
+        if sum(len(tree) for tree in trees.values()) <= GRAPH_ROWS:
+            found = self._pass(trees, cached, rows, want)
+        else:
+            found = self._passes(trees, cached, rows, want)
+        results: dict[int, RowResults] = {}
+        for slot, tree in trees.items():
+            part = found[slot]
+            results[slot] = _CudaResults(
+                part.drawn if self._draws(slot, tree) else None,
+                part.top,
+                tree,
+                rows[slot],
+                part.logits,
+                {layer: part.hidden[self._layer(layer)] for layer in want.hidden_states},
+                self._sampling[slot],
+                cached[slot],
+                self.cache.tokens(slot),
+                want.top_k,
+            )
+        return results
+
+    def _pass(
+        self,
+        trees: Mapping[int, TokenTree],
+        cached: Mapping[int, int],
+        rows: Mapping[int, Sequence[int]],
+        want: Outputs,
+    ) -> "dict[int, _Part]":
+        """One launch sequence or one graph: the slots' trees behind so many cached tokens."""
+        total, outputs = sum(map(len, trees.values())), sum(map(len, rows.values()))
+        top_k = max(1, want.top_k if want.top_k <= MAX_TOP else 1)
+        moves = self.cache.take_moves()
+        step = self.steps.get(max(len(trees), len(moves)), total, top_k)
+        self._wait()
+        firsts = step.host.fill(
+            trees,
+            cached,
+            {slot: self.cache.table_row(slot) for slot in trees},
+            {slot: self._unfiltered(slot) for slot in trees},
+            rows,
+            moves,
+        )
+        self._write_embeddings(step, trees, firsts)
+        hidden = {
+            layer: torch.zeros(step.layout.bucket.rows, self._decoder.config.hidden_size, device=self.device)
+            for layer in {self._layer(layer) for layer in want.hidden_states}
+        }
+        if outputs and not hidden:
+            self.steps.prepare(step)
+        step.run(hidden, chooses=outputs > 0)
+        self._last = step
+        drawn, top = step.chosen() if outputs else ([], [])
+        parts, first = {}, 0
+        for slot, tree in trees.items():
+            last = first + len(rows[slot])
+            own = slice(firsts[slot], firsts[slot] + len(tree))
+            states = {layer: array[own] for layer, array in hidden.items()}
+            parts[slot] = _Part(drawn[first:last], top[first:last], step.logits[first:last], states)
+            first = last
+        return parts
+
+    def _passes(
+        self,
+        trees: Mapping[int, TokenTree],
+        cached: Mapping[int, int],
+        rows: Mapping[int, Sequence[int]],
+        want: Outputs,
+    ) -> "dict[int, _Part]":
+        """A step of many rows, slot by slot and piece by piece: the rows before a piece are cached already."""
+        found: dict[int, _Part] = {}
+        for slot, tree in trees.items():
+            parts = []
+            for first, last in _pieces(tree):
+                piece = TokenTree(
+                    tree.tokens[first:last],
+                    [-1, *(parent - first for parent in tree.parents[first + 1 : last])],
+                    {
+                        row - first: vector
+                        for row, vector in (tree.embeddings or {}).items()
+                        if first <= row < last
+                    },
+                )
+                wanted = [row - first for row in rows[slot] if first <= row < last]
+                (part,) = self._pass(
+                    {slot: piece}, {slot: cached[slot] + first}, {slot: wanted}, want
+                ).values()
+                parts.append(part.kept())
+            found[slot] = _Part.joined(parts)
+        return found
+
+    def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
+        """Keep these rows of the last step."""
+        for slot, rows in paths.items():
+            tree = self._trees[slot]
+            self.cache.commit(slot, [tree.tokens[row] for row in rows], rows)
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Drop all cached tokens beyond the first `length`."""
+        self._flush()
+        self.cache.rewind(slot, length)
+
+    def release(self, slot: int) -> None:
+        """Close a slot; its cache is kept for a prompt that continues it."""
+        self._flush()
+        self.cache.release(slot)
+        self._sampling.pop(slot)
+        self._trees.pop(slot, None)
+
+    def clear(self) -> None:
+        """Drop what is kept of released slots."""
+        self._wait()
+        self.cache.clear()
+
+    def close(self) -> None:
+        """Drop the cache and the graphs."""
+        self._wait()
+        self.cache.clear()
+        self.steps.clear()
+
+    def _draws(self, slot: int, tree: TokenTree) -> bool:
+        """Whether the device has drawn the slot's tokens: no filter, no penalty, no mask."""
+        sampling = self._sampling[slot]
+        return (
+            not tree.allowed
+            and sampling.repetition_penalty == 1
+            and (sampling.greedy or not sampling.filtered)
+        )
+
+    def _unfiltered(self, slot: int) -> SamplingOptions:
+        """What the device draws by; filters are applied to the logits, where someone asks."""
+        sampling = self._sampling[slot]
+        return sampling if not sampling.filtered else SamplingOptions()
+
+    def _wait(self) -> None:
+        """Until the last step has run: buffers on the host are free then."""
+        if self._last is not None:
+            self._last.wait()
+
+    def _flush(self) -> None:
+        """Carry out moves that wait for a next step."""
+        moves = self.cache.take_moves()
+        if not moves:
+            return
+        self._wait()
+        step = self.steps.get(len(moves), 1, 1)
+        step.host.fill({}, {}, {}, moves=moves)
+        step.host.send()
+        move_rows(
+            self.cache.table,
+            step.layout,
+            layers=len(self._decoder.layers),
+            kv_heads=self._decoder.config.num_key_value_heads,
+            head_dim=self._decoder.config.head_dim,
+            cache_dtype=self.dtype,
+        )
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _write_embeddings(
+        self, step: BucketStep, trees: Mapping[int, TokenTree], firsts: Mapping[int, int]
+    ) -> None:
+        rows = [firsts[slot] + row for slot, tree in trees.items() for row in tree.embeddings or ()]
+        if not rows:
+            return
+        vectors = [vector for tree in trees.values() for vector in (tree.embeddings or {}).values()]
+        index = torch.from_numpy(np.array(rows)).to(self.device)
+        step.buffers.own[index] = torch.stack([vector.to(self.device) for vector in vectors]).float()
+
+    def _layer(self, layer: int) -> int:
+        layers = len(self._decoder.layers)
+        if not -layers - 1 <= layer <= layers:
+            raise RequestError(f"there is no hidden state {layer}; the model has {layers} layers")
+        return layer % (layers + 1)
+
+    def _without_graphs(self, reason: str) -> None:
+        warnings.warn(
+            f"CUDA graphs could not be captured ({reason}): every kernel of a step is launched on its own, which is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a pass found for one slot: tokens drawn, likeliest tokens, logits [rows, V], hidden states by layer."""
+
+    drawn: list[int]
+    top: list[list[int]]
+    logits: Tensor
+    hidden: dict[int, Tensor]
+
+    def kept(self) -> "_Part":
+        """A copy that the next pass does not overwrite."""
+        return replace(self, logits=self.logits.clone())
+
+    @classmethod
+    def joined(cls, parts: "Sequence[_Part]") -> "_Part":
+        """Passes over a tree's rows, one behind another."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            [token for part in parts for token in part.drawn],
+            [tokens for part in parts for tokens in part.top],
+            torch.cat([part.logits for part in parts]),
+            {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden},
+        )
+
+
+def _pieces(tree: TokenTree) -> list[tuple[int, int]]:
+    """Ranges of a tree's rows, each of which hangs below the last row of the one before it.
+
+    Raises:
+        RequestError: more branching rows than a pass can have.
+    """
+    count, parents = len(tree), tree.parents
+    branching = next((row for row in range(1, count) if parents[row] != row - 1), count)
+    root = min(parents[branching:], default=count)
+    if count - root > GRAPH_ROWS:
+        raise RequestError(f"a tree with {count - root} branching rows; the fused step takes {GRAPH_ROWS}")
+    ends = [*range(GRAPH_ROWS, root, GRAPH_ROWS), *([root] if root else []), count]
+    return [(first, last) for first, last in pairwise([0, *ends]) if first < last]
+
+
+class _CudaResults(SlotResults):
+    """Tokens come with the step; logits stay on the device until someone asks."""
+
+    def __init__(self, drawn: list[int] | None, top: list[list[int]], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._drawn, self._likeliest = drawn, top
+
+    def next_token(self, row: int) -> int:
+        """The token that follows the row under the slot's sampling options."""
+        if self._drawn is None:
+            return super().next_token(row)
+        token = self._drawn[self._index[row]]
+        if token < 0:
+            raise RequestError(NOT_FINITE)
+        return token
+
+    @functools.cached_property
+    def _argmaxes(self) -> list[int]:
+        best = [row[0] for row in self._likeliest]
+        if any(token < 0 for token in best):
+            raise RequestError(NOT_FINITE)
+        return best
+
+    @functools.cached_property
+    def _top(self) -> list[list[int]]:
+        if self._top_k > MAX_TOP:
+            return super()._top  # type: ignore[no-any-return]
+        return [row[: self._top_k] for row in self._likeliest]
