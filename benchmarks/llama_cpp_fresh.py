@@ -24,10 +24,10 @@ def main() -> None:
         import torch  # noqa: F401
         from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-        import shoestring.loading
+        import shoestring.model
 
         before, began = memory(), time.perf_counter()
-        model = shoestring.loading.load(path, device="cpu")
+        model = shoestring.model.load(path, device="cpu")
         seconds = time.perf_counter() - began
         model.generate("The sky is", decoding="autoregressive", max_new_tokens=32)
     else:

@@ -8,8 +8,7 @@ if TYPE_CHECKING:
     from shoestring.errors import ShoestringError
     from shoestring.generation import Generation, Piece, Score
     from shoestring.inside_transformers import custom_generate
-    from shoestring.loading import load
-    from shoestring.model import LanguageModel
+    from shoestring.model import LanguageModel, load
 
 __all__ = [
     "Auto",
@@ -37,8 +36,7 @@ _HOMES = {
     "shoestring.errors": ("ShoestringError",),
     "shoestring.inside_transformers": ("custom_generate",),
     "shoestring.generation": ("Generation", "Piece", "Score"),
-    "shoestring.loading": ("load",),
-    "shoestring.model": ("LanguageModel",),
+    "shoestring.model": ("LanguageModel", "load"),
 }
 
 

@@ -172,7 +172,7 @@ def test_memory_error_is_one_line(shoestring, monkeypatch):
     def fail(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr("shoestring.loading.load", fail)
+    monkeypatch.setattr("shoestring.model.load", fail)
     assert "out of memory" in shoestring("generate", "hello", fails=1)
 
 
@@ -180,7 +180,7 @@ def test_unexpected_error_is_one_line(shoestring, monkeypatch):
     def fail(*arguments, **options):
         raise ZeroDivisionError("division by zero\nsecond line")
 
-    monkeypatch.setattr("shoestring.loading.load", fail)
+    monkeypatch.setattr("shoestring.model.load", fail)
     line = shoestring("generate", "hello", fails=1)
     assert line.endswith("unexpected ZeroDivisionError: division by zero (--debug shows where)")
 
@@ -189,6 +189,6 @@ def test_run_returns_interrupt_code(monkeypatch, capsys):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shoestring.loading.load", interrupt)
+    monkeypatch.setattr("shoestring.model.load", interrupt)
     assert run(["generate", "hello"]) == 130
     assert capsys.readouterr().err.endswith("shoestring: interrupted\n")

@@ -35,7 +35,7 @@ def loaded(
     settings = [as_decoding(name) for name in decoding]  # a wrong name is said before anything is fetched
     with progress() as report:
         report("load", 0, None)
-        from shoestring.loading import load
+        from shoestring.model import load
 
         language_model = load(
             model,

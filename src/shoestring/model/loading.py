@@ -11,7 +11,7 @@ from shoestring.decoding.look_ahead import Base, load_look_ahead
 from shoestring.engine.runner import Runner
 from shoestring.errors import UnsupportedModelError
 from shoestring.hub.cache import Progress
-from shoestring.model import LanguageModel
+from shoestring.model.language_model import LanguageModel
 from shoestring.quantization import check_quantize
 
 __all__ = ["load"]

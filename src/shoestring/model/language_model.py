@@ -314,7 +314,7 @@ class LanguageModel:
         Raises:
             RequestError: the two models' tokenizers differ.
         """
-        from shoestring.loading import load
+        from shoestring.model.loading import load
 
         if name not in self._draft_runners:
             small = load(name, device=str(self.device), dtype=self._dtype or str(self.dtype).split(".")[1])
