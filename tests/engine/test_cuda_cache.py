@@ -102,9 +102,7 @@ def test_what_a_bucket_cannot_hold_is_refused() -> None:
     ("head_dim", "rotary_dim", "gains", "adds_one"),
     [(64, 64, False, False), (80, 32, False, False), (96, 96, True, True)],
 )
-def test_rotary_writes_queries_and_cache(
-    head_dim: int, rotary_dim: int, gains: bool, adds_one: bool
-) -> None:
+def test_rotary_writes_queries_and_cache(head_dim: int, rotary_dim: int, gains: bool, adds_one: bool) -> None:
     torch.manual_seed(0)
     heads, kv_heads = 6, 2
     layout, _ = layout_of()
@@ -154,11 +152,18 @@ def test_moves_keep_what_an_accepted_path_says() -> None:
     layout, _ = layout_of(moves=moves)
     assert layout.move_count.tolist() == [3, 150, 0], "what lies where it belongs is not moved"
     for head_dim in (64, 80):
-        blocks = [[torch.randn(block_shape(2, 1, head_dim), device=DEVICE) for _ in range(4)] for _ in range(2)]
+        blocks = [
+            [torch.randn(block_shape(2, 1, head_dim), device=DEVICE) for _ in range(4)] for _ in range(2)
+        ]
         before = [torch.cat(row, dim=3) for row in blocks]
         expected = [[block.clone() for block in row] for row in blocks]
         move_rows(
-            block_table(blocks, 5, DEVICE), layout, layers=2, kv_heads=1, head_dim=head_dim, cache_dtype=torch.float32
+            block_table(blocks, 5, DEVICE),
+            layout,
+            layers=2,
+            kv_heads=1,
+            head_dim=head_dim,
+            cache_dtype=torch.float32,
         )
         move_rows_twin(expected, layout)
         for row in range(2):
