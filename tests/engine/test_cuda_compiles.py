@@ -22,7 +22,7 @@ def attention(plan, dtype, window=False, softcap=False):
     code = compile_for_h100(
         attention_kernel,
         f"*{kind} *{kind} *i64 " + "*i32 " * 7 + "*fp32 *fp32 *i32 i32 i32 i32! i32! " + "i32 " * 5 + "fp32 fp32",
-        shared | dict(CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, MERGE_LAST=plan.merge_last and plan.splits > 1),
+        shared | dict(CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, MERGE_LAST=plan.merge_last),
         warps=plan.warps, stages=plan.stages,
     )
     ptx = code["ptx"]
@@ -35,7 +35,7 @@ def attention(plan, dtype, window=False, softcap=False):
 choose = AttentionPlan.choose
 attention(choose(1, 1, 9, 3, 64, torch.bfloat16), torch.bfloat16)
 attention(choose(8, 64, 32, 8, 128, torch.bfloat16), torch.bfloat16)
-attention(choose(1, 512, 32, 32, 80, torch.bfloat16), torch.bfloat16)
+attention(choose(1, 512, 32, 32, 80, torch.bfloat16, merge_last=False), torch.bfloat16)
 attention(choose(1, 64, 8, 4, 256, torch.float16), torch.float16, window=True, softcap=True)
 attention(choose(1, 16, 9, 3, 64, torch.float32), torch.float32)
 """

@@ -77,7 +77,7 @@ class AttentionPlan:
         } | settings
         if "splits" not in plan:
             tiles = cls(slots, rows, heads, kv_heads, head_dim, block_rows=plan["block_rows"]).tiles
-            plan["splits"] = 1 if rows >= 256 else max(1, min(32, 2 * processors // (tiles * kv_heads)))
+            plan["splits"] = max(1, min(32, 2 * processors // (tiles * kv_heads)))
         return cls(slots, rows, heads, kv_heads, head_dim, **plan)
 
     @property
@@ -145,7 +145,6 @@ def tree_attention(
         window: a row sees only keys at positions above its own minus this; 0: all.
         softcap: scores become softcap * tanh(score / softcap); 0: as they are.
     """
-    merge_last = plan.merge_last and plan.splits > 1
     views = (layout.cached, layout.first_row, layout.row_count, layout.is_chain, layout.table_row)
     constants = {
         "SLOTS": _power_of_two(plan.slots), "GROUP": plan.group, "D": plan.head_dim,
@@ -158,9 +157,9 @@ def tree_attention(
     attention_kernel[(plan.tiles, plan.kv_heads, plan.splits)](
         query, out, table, *views, layout.position, layout.ancestors, *shares, *sizes, layer, window, plan.splits, blocks,
         scale, softcap, **constants, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
-        MERGE_LAST=merge_last, num_warps=plan.warps, num_stages=plan.stages,
+        MERGE_LAST=plan.merge_last, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
-    if plan.splits > 1 and not merge_last:
+    if plan.splits > 1 and not plan.merge_last:
         merge_kernel[(plan.tiles, plan.kv_heads)](
             out, *views[:4], *shares[:2], plan.slots, out.stride(0), window, plan.splits, blocks,
             **constants, num_warps=plan.warps,
