@@ -199,7 +199,8 @@ def measure(name: str, slots: int, rows: int, context: int, settings: dict[str, 
     ours = splits[chosen.splits]
     return {
         "shape": name, "slots": slots, "rows": rows, "context": context,
-        "microseconds": round(1e6 * ours, 2), "splits": chosen.splits, "block_rows": chosen.block_rows, "stages": chosen.stages, "min_keys": chosen.min_keys,
+        "microseconds": round(1e6 * ours, 2), "splits": chosen.splits, "block_rows": chosen.block_rows,
+        "stages": chosen.stages, "min_keys": chosen.min_keys,
         "gb_per_second": round(layer_bytes / ours / 1e9, 1), "sdpa_microseconds": round(1e6 * dense, 2),
         "ratio": round(dense / ours, 2), "by_splits": {count: round(1e6 * s, 2) for count, s in splits.items()},
     }  # fmt: skip
