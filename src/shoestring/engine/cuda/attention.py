@@ -45,7 +45,7 @@ class AttentionPlan:
     min_keys: int = 128
     merge_last: bool = True
     warps: int = 4
-    stages: int = 2
+    stages: int = 3
 
     @classmethod
     def choose(
@@ -73,7 +73,8 @@ class AttentionPlan:
             "block_rows": block_rows,
             "block_keys": (32 if block_rows * head_dim <= 2048 else 16) if wide else 64,
             "warps": 8 if wide or block_rows >= 128 or head_dim > 128 else 4,
-            "stages": 1 if wide and head_dim > 128 else 2,
+            # With two stages Triton loads a block only when the one before it is done with.
+            "stages": (1 if wide else 2) if head_dim > 128 else (2 if wide or block_rows > 64 else 3),
         } | settings
         if "splits" not in plan:
             tiles = cls(slots, rows, heads, kv_heads, head_dim, block_rows=plan["block_rows"]).tiles
