@@ -56,7 +56,12 @@ def test_imports_point_up(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__main__.py"], ids=str)
 def test_all_names_exist(path: Path) -> None:
     parts = [part.removesuffix(".py") for part in path.parts if part != "__init__.py"]
-    module = importlib.import_module(".".join(["shoestring", *parts]))
+    try:
+        module = importlib.import_module(".".join(["shoestring", *parts]))
+    except ModuleNotFoundError as error:
+        if error.name != "triton":  # kernels' modules alone may need it
+            raise
+        pytest.skip("Triton is not installed")
     names = getattr(module, "__all__", [])
     for name in names:
         assert hasattr(module, name), f"{path}: __all__ names {name}, which is not there"

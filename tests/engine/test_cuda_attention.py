@@ -67,16 +67,72 @@ def check(
     assert ours <= max(2 * theirs, 1e-6), (ours, theirs)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("merge_last", [True, False])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 64), (2, 2, 80), (8, 1, 128)])
+SLOTS = {0: random_tree(20, 1), 1: TokenTree.chain([0] * 3), 2: random_tree(9, 2)}
+CACHED = {0: 130, 1: 64, 2: 0}
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "splits", "merge_last"),
+    [
+        (6, 2, 64, 1, True),
+        (6, 2, 64, 4, True),
+        (2, 2, 80, 3, False),
+        (8, 1, 128, 4, True),
+        (8, 1, 128, 4, False),
+    ],
+)
 def test_trees_of_slots_of_different_lengths(
-    heads: int, kv_heads: int, head_dim: int, merge_last: bool, splits: int
+    heads: int, kv_heads: int, head_dim: int, splits: int, merge_last: bool
 ) -> None:
-    if splits == 1 and not merge_last:
-        pytest.skip("nothing to merge")
-    trees = {0: random_tree(20, 1), 1: TokenTree.chain([0] * 3), 2: random_tree(9, 2)}
     plan = AttentionPlan(
         4, 40, heads, kv_heads, head_dim, splits, block_rows=32, min_keys=64, merge_last=merge_last
     )
-    check(trees, {0: 130, 1: 64, 2: 0}, plan)
+    check(SLOTS, CACHED, plan)
+
+
+@pytest.mark.parametrize("window", [5, 70])
+def test_windows_count_positions_not_storage(window: int) -> None:
+    # Rows of a tree lie beyond their positions: a chain within it, stored with gaps, needs the positions.
+    trees = {0: TokenTree([0] * 24, [-1, 0, *range(22)]), 1: TokenTree.chain([0] * 30), 2: random_tree(9, 2)}
+    plan = AttentionPlan(4, 64, 2, 1, 64, 3, block_rows=16, min_keys=64)
+    check(trees, CACHED, plan, window=window)
+
+
+def test_softcap_and_a_prompt_in_one_step_with_a_tree() -> None:
+    trees = {0: TokenTree.chain([0] * 150), 1: random_tree(7, 3)}
+    plan = AttentionPlan(2, 160, 3, 1, 64, block_rows=128, block_keys=32)
+    check(trees, {0: 70, 1: 63}, plan, softcap=2.0)
+
+
+def test_one_row_alone_and_a_step_of_all_lengths_around_a_block() -> None:
+    plan = AttentionPlan(1, 1, 3, 1, 64, 8, min_keys=64)
+    for n in (0, 62, 63, 64, 200):
+        check({0: TokenTree.chain([0])}, {0: n}, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_chosen_plans_in_every_precision(head_dim: int, dtype: torch.dtype) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for slots, rows, lengths in ((1, 1, (700,)), (4, 64, (900, 64, 0)), (2, 512, (100, 300))):
+        share = rows // slots
+        trees = {slot: random_tree(share, slot) for slot in range(len(lengths))}
+        if rows == 512:
+            trees[0] = TokenTree.chain([0] * share)
+        for heads, kv_heads in ((4, 4), (9, 3), (8, 1)):
+            plan = AttentionPlan.choose(slots, rows, heads, kv_heads, head_dim, dtype)
+            for options in ({}, {"window": 100}, {"softcap": 20.0}):
+                check(trees, dict(enumerate(lengths)), plan, dtype, **options)
+
+
+def test_plans_have_a_tile_for_every_spread_of_rows() -> None:
+    for slots, rows in ((1, 1), (1, 64), (3, 17), (8, 64)):
+        for heads, kv_heads in ((9, 3), (32, 8), (8, 8)):
+            plan = AttentionPlan.choose(slots, rows, heads, kv_heads, 64, torch.bfloat16)
+            draw = random.Random(0)
+            for _ in range(50):
+                cuts = sorted(draw.randrange(rows + 1) for _ in range(slots))
+                counts = [high - low for low, high in zip([0, *cuts], [*cuts, rows], strict=True)][:slots]
+                assert sum(-(-count // plan.tile_rows) for count in counts) <= plan.tiles

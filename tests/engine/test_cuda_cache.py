@@ -79,7 +79,7 @@ def test_outputs_carry_their_rows_noise_keys() -> None:
     layout, _ = layout_of(sampling={7: SamplingOptions(), 3: options}, outputs={7: [0, 10], 3: [2]})
     assert layout.output_row.tolist() == [0, 10, 13, *[-1] * 13]
     assert layout.temperature[:3].tolist() == [0, 0, pytest.approx(0.7)]
-    key = int(noise_keys(options, np.array([3]))[0])
+    key = int(noise_keys(np.array([options.noise_seed], np.uint64), np.array([3]))[0])
     low, high = int(layout.key_low[2]) & 0xFFFFFFFF, int(layout.key_high[2]) & 0xFFFFFFFF
     assert low | high << 32 == key
 

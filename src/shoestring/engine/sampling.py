@@ -8,6 +8,7 @@ strategy give the tokens of plain decoding. Filters follow transformers' order a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ __all__ = ["SamplingOptions", "gumbel", "likely_draws", "next_token", "noise", "
 
 _PREFILTER = 256
 _MASK32 = 0xFFFFFFFF
+_GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2 = map(
+    np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+_U27, _U30, _U31 = map(np.uint64, (27, 30, 31))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,11 @@ class SamplingOptions:
     def greedy(self) -> bool:
         """Whether no noise is drawn."""
         return self.temperature == 0
+
+    @cached_property
+    def noise_seed(self) -> int:
+        """Seed and sample, mixed to 64 bits."""
+        return _mix64(_mix64(self.seed) ^ self.sample)
 
     @property
     def filtered(self) -> bool:
@@ -154,17 +164,19 @@ def noise(options: SamplingOptions, position: int, tokens: Int[Tensor, "..."]) -
     return gumbel(tokens, key & _MASK32, key >> 32)
 
 
-def noise_keys(options: SamplingOptions, positions: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
-    """The noise's 64-bit key at each position, for kernels that hash it with the token themselves."""
-    keys = positions.astype(np.uint64) ^ np.uint64(_mix64(_mix64(options.seed) ^ options.sample))
-    keys += np.uint64(0x9E3779B97F4A7C15)
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return keys ^ (keys >> np.uint64(31))
+def noise_keys(seeds: Int[np.ndarray, " T"], positions: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
+    """The noise's 64-bit key at each position, of each row's `SamplingOptions.noise_seed` (uint64).
+
+    For kernels that hash it with the token themselves.
+    """
+    keys = (seeds ^ positions.astype(np.uint64)) + _GOLDEN
+    keys = (keys ^ (keys >> _U30)) * _MULTIPLIER_1
+    keys = (keys ^ (keys >> _U27)) * _MULTIPLIER_2
+    return keys ^ (keys >> _U31)
 
 
 def _key(options: SamplingOptions, position: int) -> int:
-    return _mix64(_mix64(_mix64(options.seed) ^ options.sample) ^ position)
+    return _mix64(options.noise_seed ^ position)
 
 
 def gumbel(tokens: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 Commits cost nothing until the next step begins, and nothing at all where the path is the tree's first rows.
 """
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
 
@@ -10,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoestring.engine.cuda.attention_kernels import TRITON_TYPES
 from shoestring.engine.cuda.layout import BLOCK_TOKENS, DeviceLayout
 
 __all__ = ["move_rows", "move_rows_twin"]
@@ -35,7 +38,7 @@ def move_rows(
     move_kernel[(layers * 2 * kv_heads, layout.bucket.slots)](
         table, layout.move_table_row, layout.move_first, layout.move_count, layout.move_source,
         table.stride(0), layout.move_source.stride(0), D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
-        CHUNK=64 if head_dim <= 128 else 32, CACHE=_TRITON[cache_dtype], num_warps=4,
+        CHUNK=64 if head_dim <= 128 else 32, CACHE=TRITON_TYPES[cache_dtype], num_warps=4,
     )  # fmt: skip
 
 
@@ -82,6 +85,3 @@ def _address(pages, position, live, plane, d, D: tl.constexpr, CACHE: tl.constex
     block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
     inner = tl.multiple_of((plane * _PAGE + position % _PAGE) * D, 16)
     return (block + inner)[:, None] + d[None, :]
-
-
-_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -3,6 +3,8 @@
 Two launches: every tile of the vocabulary finds its best, then one program per row merges them. Ties go to the lowest
 token id. The noise is `shoestring.engine.sampling.noise`, so a row draws the token that `next_token` draws.
 """
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
 
 from dataclasses import dataclass
 
@@ -160,7 +162,8 @@ def best_kernel(
 
 @triton.jit(do_not_specialize=["tiles"])
 def merge_best_kernel(
-    output_row, values, tokens, bad, drawn, top, tiles, TOP: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_TOP: tl.constexpr
+    output_row, values, tokens, bad, drawn, top, tiles,
+    TOP: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_TOP: tl.constexpr,
 ):  # fmt: skip
     """Grid (outputs,): the best of all tiles."""
     output = tl.program_id(0)

@@ -247,29 +247,26 @@ class HostLayout:
         views = self._views
         rows = views["output_row"]
         if outputs is None:
-            ends = [firsts[slot] + len(tree) for slot, tree in trees.items()]
+            counts = [len(tree) for tree in trees.values()]
             self._check_outputs(total)
             rows[:total] = _ROWS[:total] if total <= len(_ROWS) else np.arange(total)
         else:
-            chosen = [firsts[slot] + row for slot in trees for row in outputs.get(slot, ())]
-            total = len(chosen)
+            counts = [len(outputs.get(slot, ())) for slot in trees]
+            total = sum(counts)
             self._check_outputs(total)
-            rows[:total] = chosen
-            ends = np.cumsum([len(outputs.get(slot, ())) for slot in trees]).tolist()
+            rows[:total] = [firsts[slot] + row for slot in trees for row in outputs.get(slot, ())]
         rows[total:] = -1
         if sampling is None or all(sampling[slot].greedy for slot in trees):
             views["temperature"][:] = 0
             return
-        begin = 0
-        for slot, end in zip(trees, ends, strict=True):
-            options = sampling[slot]
-            views["temperature"][begin:end] = options.temperature
-            if not options.greedy:
-                keys = noise_keys(options, views["position"][rows[begin:end]] + 1)
-                halves = keys.view(np.uint32).reshape(-1, 2)
-                views["key_low"][begin:end] = halves[:, 0].view(np.int32)
-                views["key_high"][begin:end] = halves[:, 1].view(np.int32)
-            begin = end
+        options = [sampling[slot] for slot in trees]
+        heat = np.array([option.temperature for option in options], np.float32)
+        seeds = np.array([option.noise_seed for option in options], np.uint64)
+        if len(trees) > 1:
+            heat, seeds = np.repeat(heat, counts), np.repeat(seeds, counts)
+        views["temperature"][:total] = heat
+        keys = noise_keys(seeds, views["position"][rows[:total]] + 1).view(np.int32)
+        views["key_low"][:total], views["key_high"][:total] = keys[0::2], keys[1::2]
 
     def _check_outputs(self, count: int) -> None:
         if count > self.device_layout.bucket.output_rows:

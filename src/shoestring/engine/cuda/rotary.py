@@ -1,9 +1,11 @@
-"""From packed projections to rotated queries and the cache: head norms, rotary positions, keys and values written, in one launch.
+"""From packed projections to rotated queries and the cache: head norms, rotary positions, keys and values, in one launch.
 
 The packed row is `[q heads, k heads, v heads] x D`. Queries and keys are normalised per head where the model does (Qwen3,
 Gemma 3), rotated in pairs (i, i + half) of the first `rotary_dim` numbers, and keys and values go to storage position
 n + tree_row of their slot's blocks. All arithmetic is float32; numbers are rounded once, where they are stored.
 """
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
 
@@ -13,6 +15,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from shoestring.engine.cuda.attention_kernels import TRITON_TYPES
 from shoestring.engine.cuda.layout import BLOCK_TOKENS, DeviceLayout
 
 __all__ = ["rotary_table", "rotary_twin", "rotate_and_store"]
@@ -61,7 +64,8 @@ def rotate_and_store(
         layout.slot, layout.position, layout.tree_row, layout.cached, layout.table_row,
         packed.stride(0), query.stride(0), table.stride(0), layer, heads, kv_heads, eps,
         D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), ROTARY=cosines.shape[1], BLOCK_H=_HEADS_PER_PROGRAM,
-        CACHE=_TRITON[cache_dtype], NORM=query_gain is not None, ADDS_ONE=adds_one, num_warps=2 if head_dim <= 128 else 4,
+        CACHE=TRITON_TYPES[cache_dtype], NORM=query_gain is not None, ADDS_ONE=adds_one,
+        num_warps=2 if head_dim <= 128 else 4,
     )  # fmt: skip
 
 
@@ -159,6 +163,3 @@ def _gain(query_gain, key_gain, is_query, d, D: tl.constexpr, ADDS_ONE: tl.const
     of_query = tl.load(query_gain + d, mask=d < D, other=0.0).to(tl.float32)
     of_key = tl.load(key_gain + d, mask=d < D, other=0.0).to(tl.float32)
     return tl.where(is_query[:, None], of_query[None, :], of_key[None, :]) + (1.0 if ADDS_ONE else 0.0)
-
-
-_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
