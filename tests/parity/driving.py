@@ -27,10 +27,13 @@ def assert_same_results(trees, expected, actual, layers=()):
         for row in range(len(tree)):
             theirs, ours = expected[slot], actual[slot]
             logits = theirs.logits(row)
-            torch.testing.assert_close(ours.logits(row), logits, atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(ours.logits(row).cpu(), logits, atol=TOLERANCE, rtol=0)
             for layer in layers:
                 torch.testing.assert_close(
-                    ours.hidden_state(row, layer), theirs.hidden_state(row, layer), atol=TOLERANCE, rtol=1e-4
+                    ours.hidden_state(row, layer).cpu(),
+                    theirs.hidden_state(row, layer),
+                    atol=TOLERANCE,
+                    rtol=1e-4,
                 )
             top = logits.topk(4).values
             if float((top[:-1] - top[1:]).min()) > 2 * TOLERANCE:

@@ -144,6 +144,7 @@ def _accelerators() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(index)
             yield Finding(f"cuda:{index}", True, f"{about.name}, {format_bytes(about.total_memory)}")
+            yield _fused_step(index)
         return
     if torch.backends.mps.is_available():
         yield Finding("mps", True, "Apple GPU")
@@ -155,6 +156,27 @@ def _accelerators() -> Iterator[Finding]:
         )
         return
     yield Finding("cuda", None, "no GPU that PyTorch can use; models run on the CPU")
+
+
+def _fused_step(index: int) -> Finding:
+    """Whether one step of a Llama-like model is a few fused kernels and one CUDA graph here."""
+    import torch
+
+    from shoestring.engine.cuda import why_not_here
+
+    reason = why_not_here(torch.device("cuda", index))
+    if reason is None:
+        return Finding(
+            f"fused step on cuda:{index}",
+            True,
+            "Triton kernels and CUDA graphs; for models of the Llama family (others run transformers' modules)",
+        )
+    remedy = (
+        "pip install triton"
+        if "Triton" in reason
+        else "models run on transformers' modules, which are slower"
+    )
+    return Finding(f"fused step on cuda:{index}", False, reason, remedy)
 
 
 def _extras() -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """`load`: from a model's name to a `LanguageModel` on the fastest body that is right for it here."""
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -39,7 +40,8 @@ def load(
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto" is bfloat16 where the hardware computes in it, else float32; a GGUF file's tensors then stay as they
             lie in it, on a CPU that has the native step.
-        quantize: "int8" or "int4": weights are rounded once, in groups of 32 inputs, and read so by the native step (CPU).
+        quantize: "int8" or "int4": weights are rounded once, in groups of 32 inputs, and read so by the native step (CPU,
+            kept in the cache) or the fused step (NVIDIA GPUs).
         progress: called with (stage, done, total) while files are fetched, converted or packed, or steps are timed.
 
     Raises:
@@ -47,20 +49,30 @@ def load(
         ModelFileError: broken, missing or pickled files.
         DownloadError: the model could not be fetched.
         UnsupportedModelError: the engine would not be right on this architecture.
+
+    Warns:
+        RuntimeWarning: a GPU runs transformers' modules, and why its faster step could not be taken.
     """
     check_quantize(quantize)
     hub.check_dtype(dtype)
     wanted = _Loading(
         str(model), revision, adapter, look_ahead, hub.device_of(device), dtype, quantize, progress
     )
-    why = f"device {wanted.device} is not a CPU"
-    if wanted.device.type == "cpu":
+    fastest = {"cpu": wanted.native, "cuda": wanted.cuda}.get(wanted.device.type)
+    why = f"device {wanted.device} has no step of its own"
+    if fastest is not None:
         try:
-            return wanted.native()
+            return fastest()
         except UnsupportedModelError as error:
             why = str(error)
     if quantize is not None:
-        raise UnsupportedModelError(f"quantize={quantize!r} needs the native step on a CPU: {why}")
+        raise UnsupportedModelError(
+            f"quantize={quantize!r} needs the native step of a CPU or the fused step of an NVIDIA GPU: {why}"
+        )
+    if wanted.device.type == "cuda":
+        warnings.warn(
+            f"{model} runs on transformers' modules, which are slower: {why}", RuntimeWarning, stacklevel=2
+        )
     return wanted.over_modules()
 
 
@@ -97,6 +109,17 @@ class _Loading:
     def over_modules(self) -> LanguageModel:
         """transformers' modules, on any device."""
         return self._made(self.pretrained.model)
+
+    def cuda(self) -> LanguageModel:
+        """The fused step of an NVIDIA GPU, over the module's own weights or packed ones."""
+        from shoestring.engine.cuda import cuda_runner_of, why_not_here
+
+        reason = why_not_here(self.device)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        module = self.pretrained.model
+        runner = cuda_runner_of(module, quantize=self.quantize)
+        return self._made(module, runner) if self.quantize is None else self._made_of(module, runner)
 
     def native(self) -> LanguageModel:
         """The native step over the model's files; over a module in memory where an adapter is merged or names differ."""

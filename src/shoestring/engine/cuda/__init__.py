@@ -21,7 +21,8 @@ def why_not_here(device: torch.device) -> str | None:
         return "Triton is not installed: pip install triton"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"{torch.cuda.get_device_name(device)} is of compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer"
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer"
     return None
 
 

@@ -1,8 +1,8 @@
 """Keys and values of all sequences on a GPU: the slots' policy over paged blocks that kernels find by a table of addresses.
 
-A sequence owns whole blocks (64 tokens of all layers). An open slot has a row of the table, which is written when its blocks
-change and never by a step, so captured graphs outlive the cache's growth. Commits are lazy: kept rows of a branching tree are
-moved at the beginning of the next step, in the same launch sequence.
+A sequence owns whole blocks (64 tokens of all layers). An open slot has a row of the table, which is written when its
+blocks change and never by a step, so captured graphs outlive the cache's growth. Commits are lazy: kept rows of a branching
+tree are moved at the beginning of the next step, in the same launch sequence.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """A Llama-like decoder as a sequence of fused launches: what a CUDA graph of a step records.
 
-Per layer: norm + QKV; head norms, rotary positions and cache writes; tree attention; output projection + residual; norm + gate
-and up + activation; down projection + residual. Five or six launches where transformers' modules take about forty. All of a
-step is in buffers that are allocated once: a run allocates nothing and never waits.
+Per layer: norm + QKV; head norms, rotary positions and cache writes; tree attention; output projection + residual; norm +
+gate and up + activation; down projection + residual. Five or six launches where transformers' modules take about forty. All of
+a step is in buffers that are allocated once: a run allocates nothing and never waits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -132,6 +132,14 @@ class Decoder:
             if self.device.type == "cuda"
             else 4
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the matrices that a step reads."""
+        matrices = [self.head]
+        for layer in self.layers:
+            matrices += [layer.qkv, layer.output, layer.gate, layer.up, layer.down]
+        return sum(matrix.nbytes for matrix in matrices)
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:

@@ -1,20 +1,21 @@
 """A step's bucket: its layout, its buffers and, on a GPU, the CUDA graph that replays it.
 
-Rows, slots and the number of likeliest tokens are rounded up to a few sizes. A bucket is captured when it is first needed; the
-graph holds the copy in, all launches and the copy out, so a step is one replay and one wait.
+Rows, slots and the number of likeliest tokens are rounded up to a few sizes. A bucket is captured when it is needed for the
+second time; the graph holds the copy in, all launches and the copy out, so a step is one replay and one wait.
 """
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from shoestring.engine.cuda.attention import Workspace
+from shoestring.engine.cuda.cache import MAX_SLOTS
 from shoestring.engine.cuda.choose import MAX_TOP, Candidates
 from shoestring.engine.cuda.decoder import Buffers, Decoder
 from shoestring.engine.cuda.layout import Bucket, DeviceLayout, HostLayout
-from shoestring.engine.cuda.cache import MAX_SLOTS
 
 __all__ = ["GRAPH_ROWS", "BucketStep", "BucketSteps", "bucket_of"]
 
@@ -77,7 +78,7 @@ class BucketStep:
         )
         self._chosen.copy_(self.buffers.chosen[: len(self._chosen)], non_blocking=True)
 
-    def capture(self, pool: object) -> None:
+    def capture(self, pool: Any) -> None:
         """Record the launches as a CUDA graph. The layout as it lies must be one that can run."""
         stream = torch.cuda.Stream(self._decoder.device)
         stream.wait_stream(torch.cuda.current_stream(self._decoder.device))

@@ -66,7 +66,8 @@ class Bucket:
         """Each field's shape, in the buffer's order."""
         rows, slots, outputs = (self.rows,), (self.slots,), (self.output_rows,)
         return {
-            "token": rows, "embedded": rows, "position": rows, "slot": rows, "tree_row": rows, "ancestors": (self.rows, _WORDS),
+            "token": rows, "embedded": rows, "position": rows, "slot": rows, "tree_row": rows,
+            "ancestors": (self.rows, _WORDS),
             "table_row": slots, "cached": slots, "first_row": slots, "row_count": slots, "is_chain": slots,
             "output_row": outputs, "key_low": outputs, "key_high": outputs, "temperature": outputs,
             "move_table_row": slots, "move_first": slots, "move_count": slots,

@@ -75,7 +75,7 @@ def _dtype(module: torch.nn.Module) -> torch.dtype:
 
 def _decoder(module: torch.nn.Module, config: NativeConfig, quantize: str | None, positions: int) -> Decoder:
     weights = named_weights(module)
-    parameters = {name: parameter for name, parameter in _named_parameters(module).items()}
+    parameters = _named_parameters(module)
     dtype = _dtype(module)
 
     def norm(name: str) -> RowNorm | None:

@@ -1,8 +1,10 @@
-"""What happens to rows between the matrices: embeddings looked up, output rows normalised, norms behind a sub-layer (Gemma).
+"""What happens to rows between the matrices: embeddings, the last norm of output rows, norms behind a sub-layer (Gemma).
 
 The residual stream is float32 whatever the model computes in: it is a few kilobytes a row, and sums that are not rounded
 at every layer make a row's logits depend less on the shape of its step.
 """
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
 
 from dataclasses import dataclass
 

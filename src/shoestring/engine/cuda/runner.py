@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoestring.engine import admission
 from shoestring.engine.cuda.cache import PagedCache
 from shoestring.engine.cuda.cache_moves import move_rows
 from shoestring.engine.cuda.choose import MAX_TOP
@@ -92,6 +91,11 @@ class CudaRunner:
     def weights(self) -> str:
         """How the matrices are stored."""
         return self._weights
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the matrices that a step reads (of the embedding, only rows)."""
+        return self._decoder.weight_bytes
 
     @property
     def slots(self) -> Collection[int]:
@@ -367,5 +371,5 @@ class _CudaResults(SlotResults):
     @functools.cached_property
     def _top(self) -> list[list[int]]:
         if self._top_k > MAX_TOP:
-            return super()._top  # type: ignore[no-any-return]
+            return super()._top
         return [row[: self._top_k] for row in self._likeliest]
