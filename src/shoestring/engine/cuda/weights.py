@@ -1,0 +1,200 @@
+"""Weight matrices on the device, as the few-row kernels stream them: dense, int8 or int4 with a scale per 32 inputs.
+
+The numbers are those of the CPU's tiles (`quantization`, native/quantized_pack.cpp): w = d * q in int8, w = d * q + m in
+int4, d and m in float16, chosen by the same search in the same order of operations. Only the layout differs: a row's
+integers lie together, so that 32 bytes (one sector of memory) are 32 int8 inputs of one group, or 64 int4 inputs of two
+neighbouring groups, the first in the low halves of the bytes. Scales are group-major: a tile of outputs reads them together.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from shoestring.errors import RequestError
+from shoestring.quantization import WeightMatrix, WeightType, check_quantize
+
+__all__ = ["GROUP", "DeviceWeight", "pack_weight", "weight_of_tiles"]
+
+GROUP = 32
+"""Inputs that share a scale."""
+
+_TILE = 16
+"""Outputs that a tile of the CPU's interleaves."""
+
+_CHUNK = 1 << 22
+"""Weights that are quantised at a time."""
+
+
+@dataclass(frozen=True)
+class DeviceWeight:
+    """A matrix W [N, K] (N outputs, K inputs) on a device.
+
+    Args:
+        kind: "dense", "int8" or "int4".
+        outputs, inputs: N and K.
+        dtype: what products with it are computed in: bfloat16, float16 or float32.
+        values: dense [N, K]; int8 [N, K] int8; int4 [N, bytes] uint8, 32 bytes for each two groups.
+        scales: int8 [groups, N] float16; int4 [groups, N] int32, the scale's bits below the minimum's. Groups are
+            K / 32, in int4 rounded up to an even number (the added one is zero).
+    """
+
+    kind: str
+    outputs: int
+    inputs: int
+    dtype: torch.dtype
+    values: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one pass over the matrix reads."""
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "N K"]:
+        """The matrix as the kernels see it, in `dtype` (its own where None)."""
+        return self._dense(self.values, self.scales, dtype)
+
+    def rows(self, index: Int[Tensor, " R"], dtype: torch.dtype | None = None) -> Float[Tensor, "R K"]:
+        """Some of its rows, as of an embedding."""
+        scales = None if self.scales is None else self.scales[:, index]
+        return self._dense(self.values[index], scales, dtype)
+
+    def _dense(self, values: Tensor, scales: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+        dtype = dtype or self.dtype
+        if scales is None:
+            return values.to(dtype)
+        if self.kind == "int8":
+            levels = values.unflatten(1, (-1, GROUP)).float()
+            return (levels * scales.T.float()[:, :, None]).flatten(1).to(dtype)
+        pairs = values.unflatten(1, (-1, 1, GROUP))
+        levels = torch.cat([pairs & 15, pairs >> 4], 2).flatten(1, 2).float()
+        halves = scales.T.contiguous().view(torch.float16).unflatten(1, (-1, 2)).float()
+        found = levels * halves[:, :, :1] + halves[:, :, 1:]
+        return found.flatten(1)[:, : self.inputs].to(dtype)
+
+
+def pack_weight(
+    weight: Float[Tensor, "N K"], quantize: str | None = None, dtype: torch.dtype | None = None
+) -> DeviceWeight:
+    """A weight on its device: as it is, or rounded to int8 or int4 there.
+
+    Widths that are no multiple of 32 stay dense, as on the CPU.
+
+    Args:
+        dtype: what products are computed in; the weight's own where None.
+    """
+    check_quantize(quantize)
+    outputs, inputs = weight.shape
+    dtype = dtype or weight.dtype
+    if quantize is None or inputs % GROUP:
+        return DeviceWeight("dense", outputs, inputs, dtype, weight.detach().to(dtype).contiguous())
+    rows = max(1, _CHUNK // inputs)
+    parts = [_quantized(part.detach().float(), quantize) for part in weight.split(rows)]
+    levels = torch.cat([part[0] for part in parts])  # [N, groups, 32]
+    scales = torch.cat([part[1] for part in parts])  # [N, groups]
+    if quantize == "int8":
+        return DeviceWeight("int8", outputs, inputs, dtype, levels.flatten(1), scales.T.contiguous())
+    return _int4(levels, scales, torch.cat([part[2] for part in parts]), inputs, dtype)
+
+
+def weight_of_tiles(
+    matrix: WeightMatrix, device: torch.device | str, dtype: torch.dtype = torch.bfloat16
+) -> DeviceWeight:
+    """A matrix packed for the CPU (`quantization.pack`) laid out for the device, number for number."""
+    if matrix.type not in (WeightType.INT8_TILES, WeightType.INT4_TILES):
+        raise RequestError(f"weights of type {matrix.type.name} have no layout for the GPU: int8 or int4 tiles")
+    outputs, inputs, groups = matrix.rows, matrix.cols, matrix.cols // GROUP
+    levels_bytes = 512 if matrix.type == WeightType.INT8_TILES else 256
+    halves = 1 if matrix.type == WeightType.INT8_TILES else 2
+    data = torch.frombuffer(bytearray(matrix.data), dtype=torch.uint8).view(
+        -1, groups, levels_bytes + 2 * _TILE * halves
+    )
+    words = data[:, :, :levels_bytes].unflatten(2, (-1, _TILE, 4))  # [tiles, groups, bytes / 4, 16, 4]
+    levels = words.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)[:outputs].to(device)
+    scales = data[:, :, levels_bytes:].contiguous().view(torch.float16).unflatten(2, (halves, _TILE))
+    scales = scales.permute(2, 0, 3, 1).flatten(1, 2)[:, :outputs].to(device)  # [1 or 2, N, groups]
+    if halves == 1:
+        integers = (levels ^ 128).contiguous().view(torch.int8)
+        return DeviceWeight("int8", outputs, inputs, dtype, integers.flatten(1), scales[0].T.contiguous())
+    return _int4(torch.cat([levels & 15, levels >> 4], 2), scales[0], scales[1], inputs, dtype)
+
+
+def _int4(
+    levels: Int[Tensor, "N groups 32"], scales: Tensor, minima: Tensor, inputs: int, dtype: torch.dtype
+) -> DeviceWeight:
+    outputs, groups = scales.shape
+    odd = groups % 2
+    pairs = torch.nn.functional.pad(levels, (0, 0, 0, odd)).unflatten(1, (-1, 2))
+    values = pairs[:, :, 0] | pairs[:, :, 1] << 4
+    words = torch.stack([scales, minima], 2).contiguous().view(torch.int32).squeeze(2)
+    words = torch.nn.functional.pad(words, (0, odd)).T.contiguous()
+    return DeviceWeight("int4", outputs, inputs, dtype, values.flatten(1).contiguous(), words)
+
+
+def _quantized(weight: Float[Tensor, "n K"], quantize: str) -> tuple[Tensor, ...]:
+    """Integers [n, groups, 32], scales and (int4) minima [n, groups] in float16."""
+    blocks = weight.unflatten(1, (-1, GROUP))
+    if quantize == "int8":
+        scales = _half(blocks.abs().amax(2) / 127)
+        levels = (blocks * _inverse(scales)[:, :, None]).clamp(-127, 127).round()
+        return levels.to(torch.int8), scales.to(torch.float16)
+    scales, minima = _best_grid(blocks)
+    return _nearest(blocks, scales, minima).to(torch.uint8), scales.half(), minima.half()
+
+
+def _half(values: Tensor) -> Tensor:
+    """Rounded to float16, the largest finite one beyond its range; as float32."""
+    return values.clamp(-65504.0, 65504.0).half().float()
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def _nearest(blocks: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """Levels of 0..15."""
+    level = (blocks - minimum[:, :, None]) * _inverse(scale)[:, :, None]
+    return (level.clamp(0.0, 15.0) + 0.5).floor()
+
+
+def _total(values: Tensor) -> Tensor:
+    """The sum over 32 as the CPU takes it: eight lanes, then their tree. Near ties are decided alike."""
+    parts = values.unflatten(2, (4, 8)).unbind(2)
+    lanes = ((parts[0] + parts[1]) + parts[2]) + parts[3]
+    pairs = lanes[..., 0::2] + lanes[..., 1::2]
+    fours = pairs[..., 0::2] + pairs[..., 1::2]
+    return fours[..., 0] + fours[..., 1]
+
+
+def _error(blocks: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    level = _nearest(blocks, scale, minimum)
+    return _total((minimum[:, :, None] + scale[:, :, None] * level - blocks).square())
+
+
+def _best_grid(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of least squared error: ranges a little narrower and wider than the block's own, each refitted."""
+    low, high = blocks.amin(2), blocks.amax(2)
+    spread = high - low
+    best = [_half(spread / 15), _half(low)]
+    least = _error(blocks, *best)
+    trials = 6
+    sums = _total(blocks)
+    for trial in range(trials):
+        levels = 13.0 + 3.0 * trial / (trials - 1)
+        scale = spread / torch.tensor(levels, dtype=torch.float32, device=blocks.device)
+        minimum = low + (spread - 15 * scale) / 2
+        for _ in range(2):
+            level = _nearest(blocks, scale, minimum)
+            sum_q = _total(level)
+            determinant = GROUP * _total(level * level) - sum_q * sum_q
+            fitted = (GROUP * _total(level * blocks) - sum_q * sums) / determinant
+            lowest = (sums - fitted * sum_q) / GROUP
+            scale = _half(torch.where(determinant > 0, fitted, scale).clamp(min=0.0))
+            minimum = _half(torch.where(determinant > 0, lowest, minimum))
+            error = _error(blocks, scale, minimum)
+            better = (error < least) & (spread > 0)
+            best = [torch.where(better, new, old) for new, old in zip((scale, minimum), best, strict=True)]
+            least = torch.where(better, error, least)
+    return best[0], best[1]
