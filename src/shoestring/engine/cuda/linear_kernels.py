@@ -1,0 +1,300 @@
+"""Triton kernel of the products with 2 to 256 rows, and what it shares with the one for a single row.
+
+`few_rows_kernel` streams a matrix once. Tiles of weights [BLOCK_N, BLOCK_K] are the left operand of the tensor cores and the
+rows, padded to BLOCK_M, the right one: few rows are a small side there, at no cost. Quantised weights enter as the integers
+that they are, exact in bfloat16; a group's sum is scaled in float32. An RMSNorm can be taken on the way: its gain multiplies
+the inputs as they stream by, the row's own factor the result. Shares of a split sum (SPLIT_K) are added in their order by
+the program that arrives last, so results do not change from run to run.
+
+KIND is the bits of a quantised weight, 0 for dense ones. PDL: the kernel may start before the one in front has ended, so
+nothing but weights is read before `gdc_wait`.
+"""
+
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["few_rows_kernel"]
+
+# Four bytes, eight nibbles -> eight numbers: a nibble becomes the last bits of 128 (bfloat16) or 1024 (float16).
+_NIBBLES_BF16: tl.constexpr = tl.constexpr("""{
+.reg .b32 a, b;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 $1, b, 0x000F000F, 0x43004300, 0xEA;
+shr.u32 a, a, 4;
+shr.u32 b, b, 4;
+lop3.b32 $2, a, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 $3, b, 0x000F000F, 0x43004300, 0xEA;
+}""")
+_NIBBLES_FP16: tl.constexpr = tl.constexpr("""{
+.reg .b32 a, b;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+lop3.b32 $0, a, 0x000F000F, 0x64006400, 0xEA;
+lop3.b32 $1, b, 0x000F000F, 0x64006400, 0xEA;
+shr.u32 a, a, 4;
+shr.u32 b, b, 4;
+lop3.b32 $2, a, 0x000F000F, 0x64006400, 0xEA;
+lop3.b32 $3, b, 0x000F000F, 0x64006400, 0xEA;
+}""")
+
+
+@triton.jit
+def load(pointer, inside, EVEN: tl.constexpr, POLICY: tl.constexpr):
+    """Values, zeros outside; EVEN: all are inside."""
+    if EVEN:
+        values = tl.load(pointer, eviction_policy=POLICY)
+    else:
+        values = tl.load(pointer, mask=inside, other=0, eviction_policy=POLICY)
+    return values
+
+
+@triton.jit
+def gained(values, gain, k, K: tl.constexpr, EVEN: tl.constexpr, ADDS_ONE: tl.constexpr):
+    """Inputs [.., k] times an RMSNorm's gain, in float32."""
+    gains = load(gain + k, k < K, EVEN, "evict_last").to(tl.float32)
+    if ADDS_ONE:
+        gains += 1.0
+    return values.to(tl.float32) * gains
+
+
+@triton.jit
+def _sigmoid(x):
+    small = tl.exp(-tl.abs(x))  # cannot overflow
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """An activation in float32."""
+    if ACTIVATION == "silu":
+        x *= _sigmoid(x)
+    elif ACTIVATION == "gelu_tanh":
+        x *= _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+@triton.jit
+def scale_and_minimum(words):
+    """A group's two halves out of 32 bits."""
+    scale = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    minimum = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, minimum
+
+
+@triton.jit
+def prefetch(values, row_bytes, first_byte, n, ROW_BYTES: tl.constexpr, LINES: tl.constexpr):
+    """Ask for lines of 128 bytes of some rows, as far as the L2 cache."""
+    rows = values.to(tl.int64) + n.to(tl.int64) * row_bytes
+    at = rows[:, None] + tl.minimum(first_byte + tl.arange(0, LINES) * 128, ROW_BYTES - 1)[None, :]
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+
+
+@triton.jit
+def _nibbles(pairs, COMPUTE: tl.constexpr, PTX: tl.constexpr):
+    """Low and high halves of bytes, plus an offset, exact in COMPUTE."""
+    if PTX and COMPUTE == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            _NIBBLES_BF16, "=r,=r,=r,=r,r", [pairs], (tl.bfloat16, tl.bfloat16), True, 4
+        )
+        offset = 128.0
+    elif PTX and COMPUTE == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            _NIBBLES_FP16, "=r,=r,=r,=r,r", [pairs], (tl.float16, tl.float16), True, 4
+        )
+        offset = 1024.0
+    else:
+        low, high = (pairs & 15).to(COMPUTE), (pairs >> 4).to(COMPUTE)
+        offset = 0.0
+    return low, high, offset
+
+
+@triton.jit
+def _rows_of_x(
+    x, gain, squares, k, K: tl.constexpr, EVEN: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows [BLOCK_M, k] to multiply with, and the sums of squares so far."""
+    values = load(x + k[None, :], (k < K)[None, :], EVEN, "evict_last")
+    if HAS_NORM:
+        wide = values.to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+        values = gained(wide, gain, k[None, :], K, EVEN, ADDS_ONE)
+    return values.to(COMPUTE), squares
+
+
+@triton.jit
+def _add_int8(sums, values, scales, n, chunk, scales_stride, right, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
+    """Add a group's products: 32 inputs."""
+    inside = chunk < CHUNKS
+    levels = load(values + chunk * 32 + tl.arange(0, 32)[None, :], inside, EVEN, "evict_first")
+    scale = load(scales + chunk * scales_stride + n, inside, EVEN, "evict_first").to(tl.float32)
+    return sums + scale[:, None] * tl.dot(levels.to(right.dtype), right, input_precision="ieee")
+
+
+@triton.jit
+def _add_int4(
+    sums, values, scales, n, chunk, scales_stride, even, odd, even_sum, odd_sum,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Add two groups' products: 64 inputs."""
+    inside = chunk < CHUNKS
+    pairs = load(values + chunk * 32 + tl.arange(0, 32)[None, :], inside, EVEN, "evict_first")
+    low, high, offset = _nibbles(pairs, COMPUTE, PTX)
+    words = scales + 2 * chunk * scales_stride + n
+    scale, minimum = scale_and_minimum(load(words, inside, EVEN, "evict_first"))
+    part = tl.dot(low, even, input_precision="ieee")
+    sums += scale[:, None] * part + (minimum - offset * scale)[:, None] * even_sum[None, :]
+    scale, minimum = scale_and_minimum(load(words + scales_stride, inside, EVEN, "evict_first"))
+    part = tl.dot(high, odd, input_precision="ieee")
+    return sums + scale[:, None] * part + (minimum - offset * scale)[:, None] * odd_sum[None, :]
+
+
+@triton.jit
+def _finish(
+    sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,
+    K: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    if HAS_NORM:
+        factor = tl.rsqrt(squares / K + epsilon)
+        sums *= factor[None, :]
+        if GATED:
+            other *= factor[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+    result = activated(sums, ACTIVATION)
+    if GATED:
+        result *= other
+    inside = (n < outputs)[:, None] & (m < rows)[None, :]
+    if HAS_RESIDUAL:
+        at = residual + m[None, :] * residual_stride + n[:, None]
+        result += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + m[None, :] * out_stride + n[:, None], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "outputs"])
+def few_rows_kernel(
+    x, first, first_scales, second, second_scales, gain, bias, residual, out, shares, arrived,
+    rows, outputs, x_stride, values_stride, scales_stride, residual_stride, out_stride, epsilon,
+    K: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr,
+    ADDS_ONE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of rows, tiles of outputs, SPLIT_K).
+
+    Args:
+        shares: float32, for each tile and share BLOCK_N * BLOCK_M sums (twice where GATED) and BLOCK_M sums of squares.
+        arrived: int32 for each tile, zero before and after.
+    """
+    SPAN: tl.constexpr = 64 if KIND == 4 else 32
+    CHUNKS: tl.constexpr = (K + SPAN - 1) // SPAN
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    TRIPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    EACH: tl.constexpr = (TRIPS + SPLIT_K - 1) // SPLIT_K
+    split = tl.program_id(2)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own = tl.minimum(n, outputs - 1)  # rows beyond the last are read as the last, so that loads need no mask
+    first_trip = split * EACH
+    last_trip = tl.minimum(first_trip + EACH, TRIPS)
+    if PDL:
+        gdc_launch_dependents()
+        if LINES > 0:
+            WIDTH: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
+            ROW: tl.constexpr = K * WIDTH if KIND == 0 else CHUNKS * 32
+            TRIP: tl.constexpr = BLOCK_K * WIDTH if KIND == 0 else BLOCK_K // SPAN * 32
+            prefetch(first, values_stride * WIDTH, first_trip * TRIP, own, ROW, LINES)
+            if GATED:
+                prefetch(second, values_stride * WIDTH, first_trip * TRIP, own, ROW, LINES)
+        gdc_wait()
+
+    at = own.to(tl.int64)[:, None] * values_stride
+    x += tl.minimum(m, rows - 1)[:, None] * x_stride
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for trip in range(first_trip, last_trip):
+        if KIND == 0:
+            k = trip * BLOCK_K + tl.arange(0, BLOCK_K)
+            tile, squares = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
+            right = tl.trans(tile)
+            inside = (k < K)[None, :]
+            weights = load(first + at + k[None, :], inside, EVEN, "evict_first")
+            sums = tl.dot(weights, right, sums, input_precision="ieee")
+            if GATED:
+                weights = load(second + at + k[None, :], inside, EVEN, "evict_first")
+                other = tl.dot(weights, right, other, input_precision="ieee")
+        else:
+            for part in tl.static_range(BLOCK_K // SPAN):
+                chunk = trip * (BLOCK_K // SPAN) + part
+                k = chunk * SPAN + tl.arange(0, 32)
+                tile, squares = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
+                right = tl.trans(tile)
+                if KIND == 8:
+                    sums = _add_int8(
+                        sums, first + at, first_scales, own, chunk, scales_stride, right, CHUNKS, EVEN
+                    )
+                    if GATED:
+                        other = _add_int8(
+                            other, second + at, second_scales, own, chunk, scales_stride, right, CHUNKS, EVEN
+                        )
+                else:
+                    even_sum = tl.sum(tile.to(tl.float32), 1)
+                    tile, squares = _rows_of_x(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
+                    odd = tl.trans(tile)
+                    odd_sum = tl.sum(tile.to(tl.float32), 1)
+                    sums = _add_int4(
+                        sums, first + at, first_scales, own, chunk, scales_stride, right, odd, even_sum,
+                        odd_sum, CHUNKS, EVEN, COMPUTE, PTX,
+                    )  # fmt: skip
+                    if GATED:
+                        other = _add_int4(
+                            other, second + at, second_scales, own, chunk, scales_stride, right, odd, even_sum,
+                            odd_sum, CHUNKS, EVEN, COMPUTE, PTX,
+                        )  # fmt: skip
+
+    if SPLIT_K == 1:
+        _finish(
+            sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,
+            K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+        )  # fmt: skip
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        SHARE: tl.constexpr = SIZE * (2 if GATED else 1) + BLOCK_M
+        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        column = SHARE - BLOCK_M + tl.arange(0, BLOCK_M)
+        tile_index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        base = shares + tile_index.to(tl.int64) * (SPLIT_K * SHARE)
+        mine = base + split * SHARE
+        tl.store(mine + cell, sums)
+        if GATED:
+            tl.store(mine + SIZE + cell, other)
+        if HAS_NORM:
+            tl.store(mine + column, squares)
+        tl.debug_barrier()  # the stores of all threads come before this program's arrival
+        if tl.atomic_add(arrived + tile_index, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1:
+            tl.store(arrived + tile_index, 0)
+            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            squares = tl.zeros((BLOCK_M,), tl.float32)
+            for share in range(SPLIT_K):
+                sums += tl.load(base + share * SHARE + cell, cache_modifier=".cg")
+                if GATED:
+                    other += tl.load(base + share * SHARE + SIZE + cell, cache_modifier=".cg")
+                if HAS_NORM:
+                    squares += tl.load(base + share * SHARE + column, cache_modifier=".cg")
+            _finish(
+                sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride,
+                epsilon, K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            )  # fmt: skip

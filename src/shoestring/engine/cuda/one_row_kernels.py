@@ -1,0 +1,217 @@
+"""Triton kernels of the products with one row, of norms for many rows, and of quantised matrices unpacked for prefill.
+
+`one_row_kernel` works on the ordinary cores, in float32 from the loads on: a program takes BLOCK_N outputs, its threads keep
+sums of their own inputs to the end and join them once. UNROLL 0: all loads are laid out at once, the first before the kernel
+in front has ended (PDL); else so many trips of the loop are, or STAGES of them go through shared memory.
+"""
+
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from shoestring.engine.cuda.linear_kernels import activated, gained, load, prefetch, scale_and_minimum
+
+__all__ = ["dequantize_kernel", "norm_kernel", "one_row_kernel"]
+
+
+@triton.jit
+def _small(levels):
+    """Integers of 0..255 in float32 without a slow conversion: the last bits of 2^23 + q."""
+    return (levels.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _signed(levels):
+    """Integers of -128..127 in float32."""
+    return _small(levels.to(tl.uint8, bitcast=True) ^ 128) - 128.0
+
+
+@triton.jit
+def _add_int8(sums, levels, scales, chunk, own, scales_stride, x, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
+    at = scales + chunk[None, :] * scales_stride + own[:, None]
+    scale = load(at, (chunk < CHUNKS)[None, :], EVEN, "evict_first").to(tl.float32)
+    return sums + scale * tl.sum(_signed(levels) * x[None, :, :], 2)
+
+
+@triton.jit
+def _add_int4(
+    sums, pairs, scales, chunk, own, scales_stride, even, odd, CHUNKS: tl.constexpr, EVEN: tl.constexpr
+):
+    inside = (chunk < CHUNKS)[None, :]
+    at = scales + 2 * chunk[None, :] * scales_stride + own[:, None]
+    scale, minimum = scale_and_minimum(load(at, inside, EVEN, "evict_first"))
+    sums += scale * tl.sum(_small(pairs & 15) * even[None, :, :], 2) + minimum * tl.sum(even, 1)[None, :]
+    scale, minimum = scale_and_minimum(load(at + scales_stride, inside, EVEN, "evict_first"))
+    return sums + scale * tl.sum(_small(pairs >> 4) * odd[None, :, :], 2) + minimum * tl.sum(odd, 1)[None, :]
+
+
+@triton.jit
+def _inputs(
+    x, gain, squares, k, K: tl.constexpr, EVEN: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr
+):
+    """Inputs to multiply with, and the squares so far."""
+    values = load(x + k, k < K, EVEN, "evict_last").to(tl.float32)
+    if HAS_NORM:
+        squares += values * values
+        values = gained(values, gain, k, K, EVEN, ADDS_ONE)
+    return values, squares
+
+
+@triton.jit
+def _trip(
+    trip, sums, other, squares, x, first, first_scales, second, second_scales, gain, own, values_stride,
+    scales_stride, K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr,
+    ADDS_ONE: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_K more inputs; WAIT: between the loads of the weights and all others."""
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    if KIND == 0:
+        k = trip * BLOCK_K + tl.arange(0, BLOCK_K)
+        at = own.to(tl.int64)[:, None] * values_stride + k[None, :]
+        inside = (k < K)[None, :]
+        weights = load(first + at, inside, EVEN, "evict_first")
+        if GATED:
+            more = load(second + at, inside, EVEN, "evict_first")
+        if WAIT:
+            gdc_wait()
+        values, squares = _inputs(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE)
+        sums += weights.to(tl.float32) * values[None, :]
+        if GATED:
+            other += more.to(tl.float32) * values[None, :]
+    else:
+        SPAN: tl.constexpr = 64 if KIND == 4 else 32
+        CHUNKS: tl.constexpr = (K + SPAN - 1) // SPAN
+        byte = tl.arange(0, 32)
+        chunk = trip * (BLOCK_K // SPAN) + tl.arange(0, BLOCK_K // SPAN)
+        at = own.to(tl.int64)[:, None, None] * values_stride + (chunk[:, None] * 32 + byte[None, :])[None, :, :]
+        inside = (chunk < CHUNKS)[None, :, None]
+        levels = load(first + at, inside, EVEN, "evict_first")
+        if GATED:
+            more = load(second + at, inside, EVEN, "evict_first")
+        if WAIT:
+            gdc_wait()
+        k = chunk[:, None] * SPAN + byte[None, :]
+        values, squares = _inputs(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE)
+        if KIND == 8:
+            sums = _add_int8(sums, levels, first_scales, chunk, own, scales_stride, values, CHUNKS, EVEN)
+            if GATED:
+                other = _add_int8(other, more, second_scales, chunk, own, scales_stride, values, CHUNKS, EVEN)
+        else:
+            odd, squares = _inputs(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE)
+            sums = _add_int4(sums, levels, first_scales, chunk, own, scales_stride, values, odd, CHUNKS, EVEN)
+            if GATED:
+                other = _add_int4(
+                    other, more, second_scales, chunk, own, scales_stride, values, odd, CHUNKS, EVEN
+                )
+    return sums, other, squares
+
+
+@triton.jit(do_not_specialize=["outputs"])
+def one_row_kernel(
+    x, first, first_scales, second, second_scales, gain, bias, residual, out, outputs, values_stride,
+    scales_stride, epsilon,
+    K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of outputs,)."""
+    SPAN: tl.constexpr = 64 if KIND == 4 else 32
+    CELLS: tl.constexpr = BLOCK_K if KIND == 0 else BLOCK_K // SPAN
+    TRIPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    own = tl.minimum(n, outputs - 1)
+    sums = tl.zeros((BLOCK_N, CELLS), tl.float32)
+    other = tl.zeros((BLOCK_N, CELLS), tl.float32)
+    if KIND == 0:
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+    else:
+        squares = tl.zeros((CELLS, 32), tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+    if UNROLL == 0:
+        for trip in tl.static_range(TRIPS):
+            sums, other, squares = _trip(
+                trip, sums, other, squares, x, first, first_scales, second, second_scales, gain, own,
+                values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, PDL and trip == 0,
+            )  # fmt: skip
+    else:
+        if PDL:
+            if LINES > 0:
+                WIDTH: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
+                ROW: tl.constexpr = K * WIDTH if KIND == 0 else (K + SPAN - 1) // SPAN * 32
+                prefetch(first, values_stride * WIDTH, 0, own, ROW, LINES)
+                if GATED:
+                    prefetch(second, values_stride * WIDTH, 0, own, ROW, LINES)
+            gdc_wait()
+        for trip in tl.range(0, TRIPS, num_stages=STAGES, loop_unroll_factor=UNROLL):
+            sums, other, squares = _trip(
+                trip, sums, other, squares, x, first, first_scales, second, second_scales, gain, own,
+                values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, False,
+            )  # fmt: skip
+    result = tl.sum(sums, 1)
+    if HAS_NORM:
+        factor = tl.rsqrt(tl.sum(squares) / K + epsilon)
+        result *= factor
+    inside = n < outputs
+    if HAS_BIAS:
+        result += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    result = activated(result, ACTIVATION)
+    if GATED:
+        up = tl.sum(other, 1)
+        if HAS_NORM:
+            up *= factor
+        result *= up
+    if HAS_RESIDUAL:
+        result += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_kernel(
+    x, gain, out, x_stride, out_stride, epsilon,
+    K: tl.constexpr, ADDS_ONE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm of a row. Grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    values = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(values * values) / K + epsilon)
+    result = gained(values, gain, k, K, K == BLOCK, ADDS_ONE) * factor
+    tl.store(out + row * out_stride + k, result.to(out.dtype.element_ty), mask=k < K)
+
+
+@triton.jit(do_not_specialize=["outputs"])
+def dequantize_kernel(
+    values, scales, out, outputs, values_stride, scales_stride, out_stride,
+    K: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write a quantised matrix as numbers. Grid (tiles of outputs, tiles of inputs)."""
+    SPAN: tl.constexpr = 64 if KIND == 4 else 32
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    chunk = tl.program_id(1) * (BLOCK_K // SPAN) + tl.arange(0, BLOCK_K // SPAN)
+    byte = tl.arange(0, 32)
+    own = n.to(tl.int64)
+    inside = (n < outputs)[:, None] & (chunk < (K + SPAN - 1) // SPAN)[None, :]
+    at = values + own[:, None, None] * values_stride + (chunk[:, None] * 32 + byte[None, :])[None, :, :]
+    levels = tl.load(at, mask=inside[:, :, None], other=0)
+    k = (chunk[:, None] * SPAN + byte[None, :])[None, :, :]
+    to = out + own[:, None, None] * out_stride + k
+    kind = out.dtype.element_ty
+    if KIND == 8:
+        at = scales + chunk[None, :] * scales_stride + n[:, None]
+        scale = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to, (_signed(levels) * scale[:, :, None]).to(kind), mask=inside[:, :, None])
+    else:
+        at = scales + 2 * chunk[None, :] * scales_stride + n[:, None]
+        scale, minimum = scale_and_minimum(tl.load(at, mask=inside, other=0))
+        low = _small(levels & 15) * scale[:, :, None] + minimum[:, :, None]
+        tl.store(to, low.to(kind), mask=inside[:, :, None] & (k < K))
+        scale, minimum = scale_and_minimum(tl.load(at + scales_stride, mask=inside, other=0))
+        high = _small(levels >> 4) * scale[:, :, None] + minimum[:, :, None]
+        tl.store(to + 32, high.to(kind), mask=inside[:, :, None] & (k + 32 < K))
