@@ -1,8 +1,8 @@
 """A Llama-like decoder as a sequence of fused launches: what a CUDA graph of a step records.
 
 Per layer: norm + QKV; head norms, rotary positions and cache writes; tree attention; output projection + residual; norm +
-gate and up + activation; down projection + residual. Five or six launches where transformers' modules take about forty. All of
-a step is in buffers that are allocated once: a run allocates nothing and never waits.
+gate and up + activation; down projection + residual. Five or six launches where transformers' modules take about forty.
+All of a step is in buffers that are allocated once: a run allocates nothing and never waits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from shoestring.engine.cuda.attention import AttentionPlan, Workspace, tree_atte
 from shoestring.engine.cuda.cache_moves import move_rows
 from shoestring.engine.cuda.choose import MAX_TOP, Candidates, choose
 from shoestring.engine.cuda.layout import DeviceLayout, block_shape
-from shoestring.engine.cuda.linear import gated_linear, linear
+from shoestring.engine.cuda.linear import LinearWorkspace, gated_linear, linear
 from shoestring.engine.cuda.rotary import rotary_table, rotate_and_store
 from shoestring.engine.cuda.rows import RowNorm, add_normed, embed, take_normed
 from shoestring.engine.cuda.weights import DeviceWeight
@@ -118,6 +118,8 @@ class Decoder:
         self.config, self.dtype, self.device = config, dtype, embedding.device
         self.embedding, self.layers, self.norm = embedding, tuple(layers), norm
         self.head, self.head_bias = head, head_bias
+        width = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+        self._workspace = LinearWorkspace.allocate(self.device, width=width)
         tables = [
             rotary_table(torch.tensor(frequencies, device=self.device), positions, scaling)
             for frequencies, scaling in config.ropes
@@ -187,13 +189,14 @@ class Decoder:
         gated, added = buffers.gated[:rows], buffers.added[:rows]
         query = packed[:, : heads * dim].unflatten(1, (heads, dim))
         cache: dict[str, Any] = {"cache_dtype": dtype}
+        shared: dict[str, Any] = {"workspace": self._workspace}
         hidden = hidden or {}
         move_rows(table, layout, layers=len(self.layers), kv_heads=kv_heads, head_dim=dim, **cache)
         embed(layout, self.embedding, own, x, config.embedding_scale)
         for index, layer in enumerate(self.layers):
             if index in hidden:
                 hidden[index].copy_(x)
-            linear(x, layer.qkv, packed, norm=layer.attention_norm, bias=layer.qkv_bias)
+            linear(x, layer.qkv, packed, norm=layer.attention_norm, bias=layer.qkv_bias, **shared)
             rotate_and_store(
                 packed,
                 self._tables[index],
@@ -224,15 +227,15 @@ class Decoder:
             )
             flat = attended.flatten(1)
             if layer.post_attention_norm is None:
-                linear(flat, layer.output, x, bias=layer.output_bias, residual=x)
+                linear(flat, layer.output, x, bias=layer.output_bias, residual=x, **shared)
             else:
-                linear(flat, layer.output, added, bias=layer.output_bias)
+                linear(flat, layer.output, added, bias=layer.output_bias, **shared)
                 add_normed(layout, added, layer.post_attention_norm, x)
             gated_linear(x, layer.gate, layer.up, gated, norm=layer.mlp_norm, activation=config.activation)
             if layer.post_mlp_norm is None:
-                linear(gated, layer.down, x, residual=x)
+                linear(gated, layer.down, x, residual=x, **shared)
             else:
-                linear(gated, layer.down, added)
+                linear(gated, layer.down, added, **shared)
                 add_normed(layout, added, layer.post_mlp_norm, x)
         if len(self.layers) in hidden:
             hidden[len(self.layers)].copy_(self.norm(x))
@@ -240,7 +243,7 @@ class Decoder:
             return
         final, logits = buffers.final[:outputs], buffers.logits[:outputs]
         take_normed(layout, x, self.norm, final)
-        linear(final, self.head, logits, bias=self.head_bias)
+        linear(final, self.head, logits, bias=self.head_bias, **shared)
         if config.logit_softcap:
             logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
         top_k = candidates.values.shape[2] - 1

@@ -102,12 +102,12 @@ def prefetch(values, row_bytes, first_byte, n, ROW_BYTES: tl.constexpr, LINES: t
 @triton.jit
 def _nibbles(pairs, COMPUTE: tl.constexpr, PTX: tl.constexpr):
     """Low and high halves of bytes, plus an offset, exact in COMPUTE."""
-    if PTX and COMPUTE == tl.bfloat16:
+    if PTX and tl.bfloat16 == COMPUTE:
         low, high = tl.inline_asm_elementwise(
             _NIBBLES_BF16, "=r,=r,=r,=r,r", [pairs], (tl.bfloat16, tl.bfloat16), True, 4
         )
         offset = 128.0
-    elif PTX and COMPUTE == tl.float16:
+    elif PTX and tl.float16 == COMPUTE:
         low, high = tl.inline_asm_elementwise(
             _NIBBLES_FP16, "=r,=r,=r,=r,r", [pairs], (tl.float16, tl.float16), True, 4
         )

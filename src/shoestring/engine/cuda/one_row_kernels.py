@@ -86,7 +86,10 @@ def _trip(
         CHUNKS: tl.constexpr = (K + SPAN - 1) // SPAN
         byte = tl.arange(0, 32)
         chunk = trip * (BLOCK_K // SPAN) + tl.arange(0, BLOCK_K // SPAN)
-        at = own.to(tl.int64)[:, None, None] * values_stride + (chunk[:, None] * 32 + byte[None, :])[None, :, :]
+        at = (
+            own.to(tl.int64)[:, None, None] * values_stride
+            + (chunk[:, None] * 32 + byte[None, :])[None, :, :]
+        )
         inside = (chunk < CHUNKS)[None, :, None]
         levels = load(first + at, inside, EVEN, "evict_first")
         if GATED:

@@ -104,7 +104,9 @@ def weight_of_tiles(
 ) -> DeviceWeight:
     """A matrix packed for the CPU (`quantization.pack`) laid out for the device, number for number."""
     if matrix.type not in (WeightType.INT8_TILES, WeightType.INT4_TILES):
-        raise RequestError(f"weights of type {matrix.type.name} have no layout for the GPU: int8 or int4 tiles")
+        raise RequestError(
+            f"weights of type {matrix.type.name} have no layout for the GPU: int8 or int4 tiles"
+        )
     outputs, inputs, groups = matrix.rows, matrix.cols, matrix.cols // GROUP
     levels_bytes = 512 if matrix.type == WeightType.INT8_TILES else 256
     halves = 1 if matrix.type == WeightType.INT8_TILES else 2
