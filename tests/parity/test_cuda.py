@@ -5,9 +5,13 @@ import random
 
 import interpreted_triton
 import pytest
-from architectures import ADMITTED
+import torch
+from architectures import ADMITTED, VOCABULARY
 from comparing import (
+    GREEDY,
+    SAMPLED,
     STRATEGIES,
+    assert_plain,
     assert_same,
     generate,
     plain_model,
@@ -16,10 +20,15 @@ from comparing import (
     run,
     runner_of,
 )
-from driving import assert_driven_alike, random_tree
+from driving import assert_driven_alike, assert_same_results, random_tree
 
+from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.engine.cuda.loading import runner_of_module
 from shoestring.engine.cuda.runner import CudaRunner
+from shoestring.engine.runner import Outputs, Runner
+from shoestring.engine.sampling import SamplingOptions
+from shoestring.engine.tokentree import NO_TOKEN, TokenTree
+from shoestring.errors import RequestError, UnsupportedModelError
 
 INTERPRETED = interpreted_triton.DEVICE == "cpu"
 FAMILY = (
