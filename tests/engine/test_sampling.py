@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from shoestring.engine import sampling
-from shoestring.engine.sampling import SamplingOptions, likely_draws, next_token, noise, warp
+from shoestring.engine.sampling import SamplingOptions, likely_draws, next_token, next_tokens, noise, warp
 from shoestring.errors import RequestError
 
 
@@ -234,3 +234,26 @@ def test_likely_draws_begin_with_the_draw_itself(options):
         assert drawn[row][0] == next_token(logits[row], sampling, position)
         assert len(set(drawn[row])) == len(drawn[row]) <= 4
     assert len(likely_draws(logits, SamplingOptions(temperature=1, top_k=2), [1] * 6, 4)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(temperature=0.8, seed=4),
+        SamplingOptions(temperature=0.7, top_k=40, seed=4),
+        SamplingOptions(temperature=1.3, top_k=300, seed=4),
+        SamplingOptions(temperature=0.9, top_p=0.9, seed=4),
+        SamplingOptions(temperature=2.5, top_p=0.999, seed=4),  # more than 256 survive
+        SamplingOptions(temperature=0.9, min_p=0.05, seed=4),
+        SamplingOptions(temperature=0.9, top_p=0.8, min_p=0.01, top_k=50, seed=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_draw_what_each_draws_alone(options, dtype):
+    torch.manual_seed(1)
+    logits = (torch.randn(40, 700) * 3).to(dtype)  # bfloat16 has ties
+    logits[3, 100:500] = logits[3].max()
+    positions = list(range(7, 47))
+    expected = [next_token(row, options, at) for row, at in zip(logits, positions, strict=True)]
+    assert next_tokens(logits, options, positions) == expected

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoestring.errors import RequestError
 
-__all__ = ["SamplingOptions", "gumbel", "likely_draws", "next_token", "noise", "noise_keys", "warp"]
+__all__ = ["SamplingOptions", "gumbel", "likely_draws", "next_token", "next_tokens", "noise", "noise_keys", "warp"]
 
 _PREFILTER = 256
 _MASK32 = 0xFFFFFFFF
@@ -116,6 +116,27 @@ def next_token(
         raise RequestError(_not_finite(allowed))
     tokens = torch.arange(logits.shape[-1], device=logits.device)
     return int((scores + noise(options, position, tokens)).argmax())
+
+
+def next_tokens(
+    logits: Float[Tensor, "R V"], options: SamplingOptions, positions: Sequence[int]
+) -> list[int]:
+    """`next_token` of many rows at once, without a penalty or a mask: for devices where every question costs a wait.
+
+    Args:
+        positions: each row's next token's absolute position.
+    """
+    if not options.filtered or logits.shape[-1] <= _PREFILTER:
+        return [next_token(row, options, at) for row, at in zip(logits, positions, strict=True)]
+    scores, tokens, known = _prefiltered_rows(logits, options)
+    keys = torch.from_numpy(noise_keys(options, np.asarray(positions)).view(np.int64)).to(logits.device)
+    drawn = scores + gumbel(tokens, (keys & _MASK32)[:, None], (keys >> 32 & _MASK32)[:, None])
+    chosen = tokens.gather(-1, drawn.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    found: list[int] = torch.where(known, chosen, -1).tolist()
+    return [
+        token if token >= 0 else next_token(logits[row], options, positions[row])
+        for row, token in enumerate(found)
+    ]
 
 
 def likely_draws(
@@ -222,6 +243,36 @@ def _prefiltered(
             SamplingOptions(temperature=1, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p),
         )
     return scores, tokens
+
+
+def _prefiltered_rows(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """`_prefiltered` of many rows: scores and tokens [R, 256], and for which rows they hold all that may survive."""
+    tokens = logits.topk(_PREFILTER, dim=-1).indices.sort(dim=-1).values
+    values, order = logits.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
+    tokens = tokens.gather(-1, order)
+    scores = values.float() / options.temperature
+    known = torch.isfinite(scores[:, 0])
+    if options.top_k > 0:
+        known &= options.top_k <= _PREFILTER
+        known &= scores[:, -1] < scores[:, min(options.top_k, _PREFILTER) - 1]
+        filters = SamplingOptions(
+            temperature=1, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p
+        )
+        return warp(scores, filters), tokens, known
+    total = torch.logsumexp(logits.float() / options.temperature, dim=-1, keepdim=True)
+    least = scores[:, :1] + (math.log(options.min_p) if options.min_p > 0 else -math.inf)
+    inside_min_p = scores[:, -1] < least[:, 0]
+    inside_top_p = torch.zeros_like(inside_min_p)
+    last = scores[:, -1]
+    if options.top_p < 1:
+        probabilities = (scores - total).exp()
+        inside_top_p = probabilities.sum(dim=-1) >= options.top_p + 1e-4
+        cut = probabilities.cumsum(dim=-1) - probabilities >= options.top_p
+        scores = scores.masked_fill(cut, -math.inf)
+        lowest = scores.masked_fill(cut, math.inf).min(dim=-1).values
+        inside_top_p &= inside_min_p | (lowest != last)  # else a tie at the edge reaches beyond what is in sight
+    known &= inside_min_p | inside_top_p
+    return scores.masked_fill(scores < least, -math.inf), tokens, known
 
 
 def _constrain(

@@ -18,7 +18,7 @@ from shoestring.engine.cuda.decoder import Decoder
 from shoestring.engine.cuda.graphs import GRAPH_ROWS, BucketStep, BucketSteps
 from shoestring.engine.results import NOT_FINITE, SlotResults
 from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
-from shoestring.engine.sampling import SamplingOptions
+from shoestring.engine.sampling import SamplingOptions, next_tokens
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
 
@@ -355,11 +355,18 @@ class _CudaResults(SlotResults):
     def next_token(self, row: int) -> int:
         """The token that follows the row under the slot's sampling options."""
         if self._drawn is None:
-            return super().next_token(row)
+            plain = self._sampling.repetition_penalty == 1 and not self._tree.allowed
+            return self._filtered[self._index[row]] if plain else super().next_token(row)
         token = self._drawn[self._index[row]]
         if token < 0:
             raise RequestError(NOT_FINITE)
         return token
+
+    @functools.cached_property
+    def _filtered(self) -> list[int]:
+        """All rows' next tokens under filters, in one go."""
+        positions = [self._cached + self._tree.depths[row] + 1 for row in self._index]
+        return next_tokens(self._logits, self._sampling, positions)
 
     @functools.cached_property
     def _argmaxes(self) -> list[int]:
