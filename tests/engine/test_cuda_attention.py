@@ -116,15 +116,17 @@ def test_one_row_alone_and_a_step_of_all_lengths_around_a_block() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_chosen_plans_in_every_precision(head_dim: int, dtype: torch.dtype) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    for slots, rows, lengths in ((1, 1, (700,)), (4, 64, (900, 64, 0)), (2, 512, (100, 300))):
+    for slots, rows, lengths, heads, kv_heads, options in (
+        (1, 1, (700,), 9, 3, {}),
+        (4, 64, (900, 64, 0), 8, 1, {"window": 100}),
+        (2, 512, (100, 300), 4, 4, {"softcap": 20.0}),
+    ):
         share = rows // slots
         trees = {slot: random_tree(share, slot) for slot in range(len(lengths))}
         if rows == 512:
             trees[0] = TokenTree.chain([0] * share)
-        for heads, kv_heads in ((4, 4), (9, 3), (8, 1)):
-            plan = AttentionPlan.choose(slots, rows, heads, kv_heads, head_dim, dtype)
-            for options in ({}, {"window": 100}, {"softcap": 20.0}):
-                check(trees, dict(enumerate(lengths)), plan, dtype, **options)
+        plan = AttentionPlan.choose(slots, rows, heads, kv_heads, head_dim, dtype)
+        check(trees, dict(enumerate(lengths)), plan, dtype, **options)
 
 
 def test_plans_have_a_tile_for_every_spread_of_rows() -> None:
