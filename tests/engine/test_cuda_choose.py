@@ -70,7 +70,7 @@ def test_rows_that_are_not_finite_are_told_apart() -> None:
     logits[0, 2] = 1
     logits[1, 17] = math.inf
     logits[2, [4000, 9]] = 0.5  # most tokens forbidden, two allowed
-    drawn, top = chosen(logits, 3)
+    drawn, top = chosen(logits, 5)
     assert drawn == [NOT_FINITE, NOT_FINITE, 9, NOT_FINITE]
-    assert top[0] == top[1] == top[3] == [NOT_FINITE] * 3
-    assert top[2] == [9, 4000, 0]
+    assert top[0] == top[1] == top[3] == [NOT_FINITE] * 5
+    assert top[2] == [9, 4000, 0, 1, 2]

@@ -36,7 +36,7 @@ choose = AttentionPlan.choose
 attention(choose(1, 1, 9, 3, 64, torch.bfloat16), torch.bfloat16)
 attention(choose(8, 64, 32, 8, 128, torch.bfloat16), torch.bfloat16)
 attention(choose(1, 512, 32, 32, 80, torch.bfloat16, merge_last=False), torch.bfloat16)
-attention(choose(1, 64, 8, 4, 256, torch.float16), torch.float16, window=True, softcap=True)
+attention(choose(1, 1, 8, 4, 64, torch.float16), torch.float16, window=True, softcap=True)
 attention(choose(1, 16, 9, 3, 64, torch.float32), torch.float32)
 """
 
