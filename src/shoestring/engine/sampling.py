@@ -17,7 +17,16 @@ from torch import Tensor
 
 from shoestring.errors import RequestError
 
-__all__ = ["SamplingOptions", "gumbel", "likely_draws", "next_token", "next_tokens", "noise", "noise_keys", "warp"]
+__all__ = [
+    "SamplingOptions",
+    "gumbel",
+    "likely_draws",
+    "next_token",
+    "next_tokens",
+    "noise",
+    "noise_keys",
+    "warp",
+]
 
 _PREFILTER = 256
 _MASK32 = 0xFFFFFFFF
@@ -129,7 +138,8 @@ def next_tokens(
     if not options.filtered or logits.shape[-1] <= _PREFILTER:
         return [next_token(row, options, at) for row, at in zip(logits, positions, strict=True)]
     scores, tokens, known = _prefiltered_rows(logits, options)
-    keys = torch.from_numpy(noise_keys(options, np.asarray(positions)).view(np.int64)).to(logits.device)
+    seeds = np.full(len(positions), options.noise_seed, np.uint64)
+    keys = torch.from_numpy(noise_keys(seeds, np.asarray(positions)).view(np.int64)).to(logits.device)
     drawn = scores + gumbel(tokens, (keys & _MASK32)[:, None], (keys >> 32 & _MASK32)[:, None])
     chosen = tokens.gather(-1, drawn.argmax(dim=-1, keepdim=True)).squeeze(-1)
     found: list[int] = torch.where(known, chosen, -1).tolist()
@@ -270,7 +280,9 @@ def _prefiltered_rows(logits: Tensor, options: SamplingOptions) -> tuple[Tensor,
         cut = probabilities.cumsum(dim=-1) - probabilities >= options.top_p
         scores = scores.masked_fill(cut, -math.inf)
         lowest = scores.masked_fill(cut, math.inf).min(dim=-1).values
-        inside_top_p &= inside_min_p | (lowest != last)  # else a tie at the edge reaches beyond what is in sight
+        inside_top_p &= inside_min_p | (
+            lowest != last
+        )  # else a tie at the edge reaches beyond what is in sight
     known &= inside_min_p | inside_top_p
     return scores.masked_fill(scores < least, -math.inf), tokens, known
 
