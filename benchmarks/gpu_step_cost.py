@@ -1,8 +1,9 @@
 """The cost of a step on a GPU by its number of rows: the fused step, by type of weights, beside the bandwidth floor.
 
 `step_ms` is what decoding waits for: from the tree on the host to the next tokens on the host. `replay_ms` is the CUDA
-graph alone. The floor is the time to read the matrices once at the measured read rate. `7b` is Llama-2-7B's shape and `135m`
-SmolLM2's, with random weights: for timing only. With --twin, transformers' modules behind the same runner protocol are timed too.
+graph alone. The floor is the time to read the matrices once at the measured read rate. `7b` is Llama-2-7B's shape and
+`135m` SmolLM2's, with random weights: for timing only. With --twin, transformers' modules behind the same runner protocol
+are timed too.
 
     python -m benchmarks.gpu_step_cost --subject smollm2-135m --subject 7b --quantize none --quantize int4
 """
