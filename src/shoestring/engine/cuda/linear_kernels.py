@@ -232,7 +232,9 @@ def few_rows_kernel(
     for trip in tl.range(first_trip, last_trip, num_stages=STAGES):
         if KIND == 0:
             k = trip * BLOCK_K + tl.arange(0, BLOCK_K)
-            tile, squares = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last")
+            tile, squares = _rows_of_x(
+                x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
+            )
             right = tl.trans(tile)
             inside = (k < K)[None, :]
             weights = load(first + at + k[None, :], inside, EVEN, "evict_first")
@@ -244,7 +246,9 @@ def few_rows_kernel(
             for part in tl.static_range(BLOCK_K // 64):
                 chunk = trip * (BLOCK_K // 64) + part
                 k = chunk * 64 + tl.arange(0, 32)
-                tile, squares = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last")
+                tile, squares = _rows_of_x(
+                    x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
+                )
                 even = tl.trans(tile)
                 tile, squares = _rows_of_x(
                     x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"

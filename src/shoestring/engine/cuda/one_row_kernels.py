@@ -41,9 +41,7 @@ def _add_int8(
 
 
 @triton.jit
-def _add_int4(
-    sums, pairs, scales, chunk, own, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr
-):
+def _add_int4(sums, pairs, scales, chunk, own, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr):
     inside = (chunk * 64 < K)[None, :]
     at = scales + 2 * chunk[None, :] * scales_stride + own[:, None]
     scale, minimum = halves(load(at, inside, EVEN, "evict_first"))

@@ -151,7 +151,7 @@ def _of_name(name: str) -> Tuning:
 def heuristic(problem: Problem, processors: int = 132) -> LaunchConfig:
     """A configuration that should do for any shape."""
     # Unpacking wide rows is the tensor cores' work: they take quantised weights as integers.
-    if problem.rows == 1 and (not problem.quantised or problem.inputs <= 1024):
+    if problem.rows == 1 and (not problem.quantised or problem.inputs <= 2048):
         return _one_row(problem, processors)
     return _few_rows(problem, processors)
 
@@ -189,9 +189,10 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
     while 4 * tiles * split_k <= 3 * enough and trips >= 2 * split_k * fewest:
         split_k *= 2
     tile_bytes = block_n * problem.row_bytes / inputs * block_k + 2 * block_m * block_k
-    stages = 2 if wide else max(3, min(6, int(72e3 / tile_bytes)))
+    stages = 2 if wide else max(3, min(6, int(84e3 / tile_bytes)))
     warps = 4 if block_n >= 64 or block_m >= 64 else 2 if block_n == 32 else 1
-    if wide or block_m * block_n * (2 if problem.gated else 1) > 64 * 96:
+    sums = block_m * block_n * (2 if problem.gated else 1) * (2 if problem.kind == "int4" else 1)
+    if wide or sums > 64 * 96:
         warps = 8
     fuse_norm = rows <= 16 and inputs <= 1024
     return LaunchConfig(
@@ -212,11 +213,17 @@ def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[
                 found.append(replace(one, block_n=block_n))
         found += [replace(one, warps=one.warps * 2), replace(one, warps=max(1, one.warps // 2))]
         if one.block_k < inputs:
-            found += [replace(one, unroll=2), replace(one, block_n=8, unroll=4), replace(one, block_n=2, unroll=0)]
+            found += [
+                replace(one, unroll=2),
+                replace(one, block_n=8, unroll=4),
+                replace(one, block_n=2, unroll=0),
+            ]
         found += [few, replace(few, fuse_norm=not few.fuse_norm)]
         if problem.quantised:
             found.insert(3, few)
-    found += [replace(few, split_k=1), replace(few, split_k=2 * few.split_k), replace(few, fuse_norm=not few.fuse_norm)]
+    found += [replace(few, split_k=1), replace(few, fuse_norm=not few.fuse_norm)]
+    if few.split_k * 2 * few.block_k <= inputs:
+        found.append(replace(few, split_k=2 * few.split_k))
     for block_n, warps in ((16, 1), (32, 2), (64, 4), (128, 4), (128, 8)):
         if block_n >= 128 and problem.bucket < 32 or block_n <= 16 and outputs > 128 * processors:
             continue
@@ -224,7 +231,9 @@ def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[
         split_k = 1
         while tiles * split_k * 2 <= few.split_k * -(-outputs // few.block_n) and split_k < 16:
             split_k *= 2
-        found.append(replace(few, block_n=block_n, warps=max(warps, 4 if few.block_m >= 64 else 1), split_k=split_k))
+        found.append(
+            replace(few, block_n=block_n, warps=max(warps, 4 if few.block_m >= 64 else 1), split_k=split_k)
+        )
         if block_n in (32, 64):
             found.append(replace(found[-1], stages=min(8, few.stages + 2)))
     if inputs % 256 == 0:

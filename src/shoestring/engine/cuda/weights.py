@@ -67,13 +67,12 @@ class DeviceWeight:
         dtype = dtype or self.dtype
         if scales is None:
             return values.to(dtype)
-        halves = scales.T.contiguous().view(torch.float16).float()
+        halves = scales.contiguous().view(torch.float16).float().unflatten(1, (-1, 2)).transpose(0, 1)
         if self.kind == "int8":
             levels = values.unflatten(1, (-1, GROUP)).float()
-            return (levels * halves[:, : levels.shape[1], None]).flatten(1).to(dtype)
+            return (levels * halves.flatten(1)[:, : levels.shape[1], None]).flatten(1).to(dtype)
         pairs = values.unflatten(1, (-1, 1, GROUP))
         levels = torch.cat([pairs & 15, pairs >> 4], 2).flatten(1, 2).float()
-        halves = halves.unflatten(1, (-1, 2))
         found = levels * halves[:, :, :1] + halves[:, :, 1:]
         return found.flatten(1)[:, : self.inputs].to(dtype)
 
@@ -107,7 +106,9 @@ def weight_of_tiles(
 ) -> DeviceWeight:
     """A matrix packed for the CPU (`quantization.pack`) laid out for the device, number for number."""
     if matrix.type not in (WeightType.INT8_TILES, WeightType.INT4_TILES):
-        raise RequestError(f"weights of type {matrix.type.name} have no layout for the GPU: int8 or int4 tiles")
+        raise RequestError(
+            f"weights of type {matrix.type.name} have no layout for the GPU: int8 or int4 tiles"
+        )
     outputs, inputs, groups = matrix.rows, matrix.cols, matrix.cols // GROUP
     levels_bytes = 512 if matrix.type == WeightType.INT8_TILES else 256
     halves = 1 if matrix.type == WeightType.INT8_TILES else 2
@@ -123,7 +124,9 @@ def weight_of_tiles(
     return _int4(torch.cat([levels & 15, levels >> 4], 2), scales[0], scales[1], inputs, dtype)
 
 
-def _int8(levels: Int[Tensor, "N groups 32"], scales: Tensor, inputs: int, dtype: torch.dtype) -> DeviceWeight:
+def _int8(
+    levels: Int[Tensor, "N groups 32"], scales: Tensor, inputs: int, dtype: torch.dtype
+) -> DeviceWeight:
     words = torch.nn.functional.pad(scales, (0, scales.shape[1] % 2)).contiguous().view(torch.int32)
     return DeviceWeight(
         "int8", len(levels), inputs, dtype, levels.flatten(1).contiguous(), words.T.contiguous()
