@@ -250,7 +250,7 @@ def launches(
         "K": inputs, "KIND": _BITS[weight.kind], "GATED": up is not None, "HAS_NORM": norm is not None,
         "ADDS_ONE": norm is not None and norm.adds_one, "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or "", "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k, "LINES": config.lines, "PDL": pdl,
+        "BLOCK_K": config.block_k, "STAGES": config.stages, "LINES": config.lines, "PDL": pdl,
     }  # fmt: skip
     tiles_n = triton.cdiv(weight.outputs, config.block_n)
     if config.kernel == "one_row":
@@ -260,7 +260,7 @@ def launches(
             one_row_kernel,
             (tiles_n,),
             (*tensors, weight.outputs, *strides, epsilon),
-            {**constants, "UNROLL": config.unroll, "STAGES": config.stages},
+            {**constants, "UNROLL": config.unroll},
             config.warps,
             config.stages,
         )

@@ -84,11 +84,11 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def scale_and_minimum(words):
-    """A group's two halves out of 32 bits."""
-    scale = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    minimum = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, minimum
+def halves(words):
+    """Two float16 out of 32 bits, as float32: the lower and the upper."""
+    lower = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    upper = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return lower, upper
 
 
 @triton.jit
@@ -121,42 +121,48 @@ def _nibbles(pairs, COMPUTE: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def _rows_of_x(
     x, gain, squares, k, K: tl.constexpr, EVEN: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    COMPUTE: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows [BLOCK_M, k] to multiply with, and the sums of squares so far."""
-    values = load(x + k[None, :], (k < K)[None, :], EVEN, "evict_last")
+    values = load(x + k[None, :], (k < K)[None, :], EVEN, POLICY)
     if HAS_NORM:
         wide = values.to(tl.float32)
-        squares += tl.sum(wide * wide, 1)
+        squares += wide * wide
         values = gained(wide, gain, k[None, :], K, EVEN, ADDS_ONE)
     return values.to(COMPUTE), squares
 
 
 @triton.jit
-def _add_int8(sums, values, scales, n, chunk, scales_stride, right, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
-    """Add a group's products: 32 inputs."""
-    inside = chunk < CHUNKS
-    levels = load(values + chunk * 32 + tl.arange(0, 32)[None, :], inside, EVEN, "evict_first")
-    scale = load(scales + chunk * scales_stride + n, inside, EVEN, "evict_first").to(tl.float32)
-    return sums + scale[:, None] * tl.dot(levels.to(right.dtype), right, input_precision="ieee")
+def _add_int8(
+    sums, values, scales, n, chunk, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Add two groups' products: 64 inputs."""
+    byte = chunk * 64 + tl.arange(0, 32)
+    words = load(scales + chunk * scales_stride + n, chunk * 64 < K, EVEN, "evict_first")
+    even_scale, odd_scale = halves(words)
+    levels = load(values + byte[None, :], (byte < K)[None, :], EVEN, "evict_first")
+    sums += even_scale[:, None] * tl.dot(levels.to(COMPUTE), even, input_precision="ieee")
+    levels = load(values + byte[None, :] + 32, (byte + 32 < K)[None, :], EVEN, "evict_first")
+    return sums + odd_scale[:, None] * tl.dot(levels.to(COMPUTE), odd, input_precision="ieee")
 
 
 @triton.jit
 def _add_int4(
     sums, values, scales, n, chunk, scales_stride, even, odd, even_sum, odd_sum,
-    CHUNKS: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr, PTX: tl.constexpr,
+    K: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Add two groups' products: 64 inputs."""
-    inside = chunk < CHUNKS
+    inside = chunk * 64 < K
     pairs = load(values + chunk * 32 + tl.arange(0, 32)[None, :], inside, EVEN, "evict_first")
     low, high, offset = _nibbles(pairs, COMPUTE, PTX)
     words = scales + 2 * chunk * scales_stride + n
-    scale, minimum = scale_and_minimum(load(words, inside, EVEN, "evict_first"))
+    scale, minimum = halves(load(words, inside, EVEN, "evict_first"))
     part = tl.dot(low, even, input_precision="ieee")
-    sums += scale[:, None] * part + (minimum - offset * scale)[:, None] * even_sum[None, :]
-    scale, minimum = scale_and_minimum(load(words + scales_stride, inside, EVEN, "evict_first"))
+    sums += scale[:, None] * part + (minimum - offset * scale)[:, None] * even_sum
+    scale, minimum = halves(load(words + scales_stride, inside, EVEN, "evict_first"))
     part = tl.dot(high, odd, input_precision="ieee")
-    return sums + scale[:, None] * part + (minimum - offset * scale)[:, None] * odd_sum[None, :]
+    return sums + scale[:, None] * part + (minimum - offset * scale)[:, None] * odd_sum
 
 
 @triton.jit
@@ -189,7 +195,7 @@ def few_rows_kernel(
     K: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr,
     ADDS_ONE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    LINES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows, tiles of outputs, SPLIT_K).
 
@@ -197,8 +203,6 @@ def few_rows_kernel(
         shares: float32, for each tile and share BLOCK_N * BLOCK_M sums (twice where GATED) and BLOCK_M sums of squares.
         arrived: int32 for each tile, zero before and after.
     """
-    SPAN: tl.constexpr = 64 if KIND == 4 else 32
-    CHUNKS: tl.constexpr = (K + SPAN - 1) // SPAN
     EVEN: tl.constexpr = K % BLOCK_K == 0
     TRIPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     EACH: tl.constexpr = (TRIPS + SPLIT_K - 1) // SPLIT_K
@@ -212,8 +216,8 @@ def few_rows_kernel(
         gdc_launch_dependents()
         if LINES > 0:
             WIDTH: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
-            ROW: tl.constexpr = K * WIDTH if KIND == 0 else CHUNKS * 32
-            TRIP: tl.constexpr = BLOCK_K * WIDTH if KIND == 0 else BLOCK_K // SPAN * 32
+            ROW: tl.constexpr = (K + 63) // 64 * 32 if KIND == 4 else K * WIDTH
+            TRIP: tl.constexpr = BLOCK_K // 2 if KIND == 4 else BLOCK_K * WIDTH
             prefetch(first, values_stride * WIDTH, first_trip * TRIP, own, ROW, LINES)
             if GATED:
                 prefetch(second, values_stride * WIDTH, first_trip * TRIP, own, ROW, LINES)
@@ -223,11 +227,14 @@ def few_rows_kernel(
     x += tl.minimum(m, rows - 1)[:, None] * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    for trip in range(first_trip, last_trip):
+    squares = tl.zeros((BLOCK_M, BLOCK_K if KIND == 0 else 32), tl.float32)
+    # Stages named here hold for scales as well; as an option of the launch they would hold for the operands only.
+    for trip in tl.range(first_trip, last_trip, num_stages=STAGES):
         if KIND == 0:
             k = trip * BLOCK_K + tl.arange(0, BLOCK_K)
-            tile, squares = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
+            tile, squares = _rows_of_x(
+                x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
+            )
             right = tl.trans(tile)
             inside = (k < K)[None, :]
             weights = load(first + at + k[None, :], inside, EVEN, "evict_first")
@@ -236,34 +243,44 @@ def few_rows_kernel(
                 weights = load(second + at + k[None, :], inside, EVEN, "evict_first")
                 other = tl.dot(weights, right, other, input_precision="ieee")
         else:
-            for part in tl.static_range(BLOCK_K // SPAN):
-                chunk = trip * (BLOCK_K // SPAN) + part
-                k = chunk * SPAN + tl.arange(0, 32)
-                tile, squares = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
-                right = tl.trans(tile)
+            for part in tl.static_range(BLOCK_K // 64):
+                chunk = trip * (BLOCK_K // 64) + part
+                k = chunk * 64 + tl.arange(0, 32)
+                tile, squares = _rows_of_x(
+                    x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
+                )
+                even = tl.trans(tile)
+                tile, squares = _rows_of_x(
+                    x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
+                )
+                odd = tl.trans(tile)
                 if KIND == 8:
                     sums = _add_int8(
-                        sums, first + at, first_scales, own, chunk, scales_stride, right, CHUNKS, EVEN
+                        sums, first + at, first_scales, own, chunk, scales_stride, even, odd, K, EVEN, COMPUTE
                     )
                     if GATED:
                         other = _add_int8(
-                            other, second + at, second_scales, own, chunk, scales_stride, right, CHUNKS, EVEN
-                        )
+                            other, second + at, second_scales, own, chunk, scales_stride, even, odd, K, EVEN, COMPUTE
+                        )  # fmt: skip
                 else:
-                    even_sum = tl.sum(tile.to(tl.float32), 1)
-                    tile, squares = _rows_of_x(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
-                    odd = tl.trans(tile)
-                    odd_sum = tl.sum(tile.to(tl.float32), 1)
+                    # The tensor cores sum the inputs, for the minima: the sums come out where they are needed. The
+                    # inputs are loaded anew (another policy keeps the two apart), each time laid out for its product.
+                    ones = tl.full((BLOCK_N, 32), 1.0, COMPUTE)
+                    tile, _ = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
+                    even_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
+                    tile, _ = _rows_of_x(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
+                    odd_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
                     sums = _add_int4(
-                        sums, first + at, first_scales, own, chunk, scales_stride, right, odd, even_sum,
-                        odd_sum, CHUNKS, EVEN, COMPUTE, PTX,
+                        sums, first + at, first_scales, own, chunk, scales_stride, even, odd, even_sum, odd_sum,
+                        K, EVEN, COMPUTE, PTX,
                     )  # fmt: skip
                     if GATED:
                         other = _add_int4(
-                            other, second + at, second_scales, own, chunk, scales_stride, right, odd, even_sum,
-                            odd_sum, CHUNKS, EVEN, COMPUTE, PTX,
+                            other, second + at, second_scales, own, chunk, scales_stride, even, odd, even_sum,
+                            odd_sum, K, EVEN, COMPUTE, PTX,
                         )  # fmt: skip
 
+    squares = tl.sum(squares, 1)
     if SPLIT_K == 1:
         _finish(
             sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,

@@ -1,8 +1,8 @@
 """Triton kernels of the products with one row, of norms for many rows, and of quantised matrices unpacked for prefill.
 
-`one_row_kernel` works on the ordinary cores, in float32 from the loads on: a program takes BLOCK_N outputs, its threads
-keep sums of their own inputs to the end and join them once. UNROLL 0: all loads are laid out at once, the first before the
-kernel in front has ended (PDL); else so many trips of the loop are, or STAGES of them go through shared memory.
+`one_row_kernel` works on the ordinary cores, in float32 from the loads on: a program takes BLOCK_N outputs, its threads keep
+sums of their own inputs to the end and join them once. UNROLL 0: all loads are laid out at once, the first before the kernel
+in front has ended (PDL); else so many trips of the loop are, or STAGES of them go through shared memory.
 """
 
 # ruff: noqa: N803, N806
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoestring.engine.cuda.linear_kernels import activated, gained, load, prefetch, scale_and_minimum
+from shoestring.engine.cuda.linear_kernels import activated, gained, halves, load, prefetch
 
 __all__ = ["dequantize_kernel", "norm_kernel", "one_row_kernel"]
 
@@ -30,21 +30,23 @@ def _signed(levels):
 
 
 @triton.jit
-def _add_int8(sums, levels, scales, chunk, own, scales_stride, x, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
+def _add_int8(
+    sums, first, second, scales, chunk, own, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr
+):
+    inside = (chunk * 64 < K)[None, :]
     at = scales + chunk[None, :] * scales_stride + own[:, None]
-    scale = load(at, (chunk < CHUNKS)[None, :], EVEN, "evict_first").to(tl.float32)
-    return sums + scale * tl.sum(_signed(levels) * x[None, :, :], 2)
+    even_scale, odd_scale = halves(load(at, inside, EVEN, "evict_first"))
+    sums += even_scale * tl.sum(_signed(first) * even[None, :, :], 2)
+    return sums + odd_scale * tl.sum(_signed(second) * odd[None, :, :], 2)
 
 
 @triton.jit
-def _add_int4(
-    sums, pairs, scales, chunk, own, scales_stride, even, odd, CHUNKS: tl.constexpr, EVEN: tl.constexpr
-):
-    inside = (chunk < CHUNKS)[None, :]
+def _add_int4(sums, pairs, scales, chunk, own, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr):
+    inside = (chunk * 64 < K)[None, :]
     at = scales + 2 * chunk[None, :] * scales_stride + own[:, None]
-    scale, minimum = scale_and_minimum(load(at, inside, EVEN, "evict_first"))
+    scale, minimum = halves(load(at, inside, EVEN, "evict_first"))
     sums += scale * tl.sum(_small(pairs & 15) * even[None, :, :], 2) + minimum * tl.sum(even, 1)[None, :]
-    scale, minimum = scale_and_minimum(load(at + scales_stride, inside, EVEN, "evict_first"))
+    scale, minimum = halves(load(at + scales_stride, inside, EVEN, "evict_first"))
     return sums + scale * tl.sum(_small(pairs >> 4) * odd[None, :, :], 2) + minimum * tl.sum(odd, 1)[None, :]
 
 
@@ -77,38 +79,48 @@ def _trip(
             more = load(second + at, inside, EVEN, "evict_first")
         if WAIT:
             gdc_wait()
-        values, squares = _inputs(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE)
-        sums += weights.to(tl.float32) * values[None, :]
+        # Several trips: each thread reads the inputs of its own weights, since an exchange would need barriers.
+        own_k = k[None, :] if K <= BLOCK_K else tl.broadcast_to(k[None, :], at.shape)
+        values, squares = _inputs(x, gain, squares, own_k, K, EVEN, HAS_NORM, ADDS_ONE)
+        sums += weights.to(tl.float32) * values
         if GATED:
-            other += more.to(tl.float32) * values[None, :]
+            other += more.to(tl.float32) * values
     else:
-        SPAN: tl.constexpr = 64 if KIND == 4 else 32
-        CHUNKS: tl.constexpr = (K + SPAN - 1) // SPAN
         byte = tl.arange(0, 32)
-        chunk = trip * (BLOCK_K // SPAN) + tl.arange(0, BLOCK_K // SPAN)
-        at = (
-            own.to(tl.int64)[:, None, None] * values_stride
-            + (chunk[:, None] * 32 + byte[None, :])[None, :, :]
-        )
-        inside = (chunk < CHUNKS)[None, :, None]
-        levels = load(first + at, inside, EVEN, "evict_first")
-        if GATED:
-            more = load(second + at, inside, EVEN, "evict_first")
+        chunk = trip * (BLOCK_K // 64) + tl.arange(0, BLOCK_K // 64)
+        k = chunk[:, None] * 64 + byte[None, :]
+        own_row = own.to(tl.int64)[:, None, None] * values_stride
+        if KIND == 8:
+            at = own_row + k[None, :, :]
+            inside = (k < K)[None, :, :]
+            odd_inside = (k + 32 < K)[None, :, :]
+            levels = load(first + at, inside, EVEN, "evict_first")
+            odd_levels = load(first + at + 32, odd_inside, EVEN, "evict_first")
+            if GATED:
+                more = load(second + at, inside, EVEN, "evict_first")
+                odd_more = load(second + at + 32, odd_inside, EVEN, "evict_first")
+        else:
+            at = own_row + (chunk[:, None] * 32 + byte[None, :])[None, :, :]
+            inside = (chunk * 64 < K)[None, :, None]
+            levels = load(first + at, inside, EVEN, "evict_first")
+            if GATED:
+                more = load(second + at, inside, EVEN, "evict_first")
         if WAIT:
             gdc_wait()
-        k = chunk[:, None] * SPAN + byte[None, :]
-        values, squares = _inputs(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE)
+        even, squares = _inputs(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE)
+        odd, squares = _inputs(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE)
         if KIND == 8:
-            sums = _add_int8(sums, levels, first_scales, chunk, own, scales_stride, values, CHUNKS, EVEN)
+            sums = _add_int8(
+                sums, levels, odd_levels, first_scales, chunk, own, scales_stride, even, odd, K, EVEN
+            )
             if GATED:
-                other = _add_int8(other, more, second_scales, chunk, own, scales_stride, values, CHUNKS, EVEN)
-        else:
-            odd, squares = _inputs(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE)
-            sums = _add_int4(sums, levels, first_scales, chunk, own, scales_stride, values, odd, CHUNKS, EVEN)
-            if GATED:
-                other = _add_int4(
-                    other, more, second_scales, chunk, own, scales_stride, values, odd, CHUNKS, EVEN
+                other = _add_int8(
+                    other, more, odd_more, second_scales, chunk, own, scales_stride, even, odd, K, EVEN
                 )
+        else:
+            sums = _add_int4(sums, levels, first_scales, chunk, own, scales_stride, even, odd, K, EVEN)
+            if GATED:
+                other = _add_int4(other, more, second_scales, chunk, own, scales_stride, even, odd, K, EVEN)
     return sums, other, squares
 
 
@@ -121,17 +133,18 @@ def one_row_kernel(
     BLOCK_K: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of outputs,)."""
-    SPAN: tl.constexpr = 64 if KIND == 4 else 32
-    CELLS: tl.constexpr = BLOCK_K if KIND == 0 else BLOCK_K // SPAN
+    CELLS: tl.constexpr = BLOCK_K if KIND == 0 else BLOCK_K // 64
     TRIPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     own = tl.minimum(n, outputs - 1)
     sums = tl.zeros((BLOCK_N, CELLS), tl.float32)
     other = tl.zeros((BLOCK_N, CELLS), tl.float32)
-    if KIND == 0:
-        squares = tl.zeros((BLOCK_K,), tl.float32)
-    else:
+    if KIND != 0:
         squares = tl.zeros((CELLS, 32), tl.float32)
+    elif K <= BLOCK_K:
+        squares = tl.zeros((1, BLOCK_K), tl.float32)
+    else:
+        squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if PDL:
         gdc_launch_dependents()
     if UNROLL == 0:
@@ -144,7 +157,7 @@ def one_row_kernel(
         if PDL:
             if LINES > 0:
                 WIDTH: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
-                ROW: tl.constexpr = K * WIDTH if KIND == 0 else (K + SPAN - 1) // SPAN * 32
+                ROW: tl.constexpr = (K + 63) // 64 * 32 if KIND == 4 else K * WIDTH
                 prefetch(first, values_stride * WIDTH, 0, own, ROW, LINES)
                 if GATED:
                     prefetch(second, values_stride * WIDTH, 0, own, ROW, LINES)
@@ -156,7 +169,10 @@ def one_row_kernel(
             )  # fmt: skip
     result = tl.sum(sums, 1)
     if HAS_NORM:
-        factor = tl.rsqrt(tl.sum(squares) / K + epsilon)
+        if KIND == 0 and K > BLOCK_K:
+            factor = tl.rsqrt(tl.sum(squares, 1) / K + epsilon)
+        else:
+            factor = tl.rsqrt(tl.sum(squares) / K + epsilon)
         result *= factor
     inside = n < outputs
     if HAS_BIAS:
@@ -195,26 +211,28 @@ def dequantize_kernel(
     K: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write a quantised matrix as numbers. Grid (tiles of outputs, tiles of inputs)."""
-    SPAN: tl.constexpr = 64 if KIND == 4 else 32
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    chunk = tl.program_id(1) * (BLOCK_K // SPAN) + tl.arange(0, BLOCK_K // SPAN)
-    byte = tl.arange(0, 32)
-    own = n.to(tl.int64)
-    inside = (n < outputs)[:, None] & (chunk < (K + SPAN - 1) // SPAN)[None, :]
-    at = values + own[:, None, None] * values_stride + (chunk[:, None] * 32 + byte[None, :])[None, :, :]
-    levels = tl.load(at, mask=inside[:, :, None], other=0)
-    k = (chunk[:, None] * SPAN + byte[None, :])[None, :, :]
-    to = out + own[:, None, None] * out_stride + k
+    chunk = tl.program_id(1) * (BLOCK_K // 64) + tl.arange(0, BLOCK_K // 64)
+    k = chunk[:, None] * 64 + tl.arange(0, 32)[None, :]
+    own = n.to(tl.int64)[:, None, None]
+    within = (n < outputs)[:, None, None]
+    even_inside, odd_inside = within & (k < K)[None, :, :], within & (k + 32 < K)[None, :, :]
+    at = scales + (2 if KIND == 4 else 1) * chunk[None, :] * scales_stride + n[:, None]
+    inside = (n < outputs)[:, None] & (chunk * 64 < K)[None, :]
+    to = out + own * out_stride + k[None, :, :]
     kind = out.dtype.element_ty
+    lower, upper = halves(tl.load(at, mask=inside, other=0))
     if KIND == 8:
-        at = scales + chunk[None, :] * scales_stride + n[:, None]
-        scale = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(to, (_signed(levels) * scale[:, :, None]).to(kind), mask=inside[:, :, None])
+        rows = values + own * values_stride + k[None, :, :]
+        levels = _signed(tl.load(rows, mask=even_inside, other=0))
+        tl.store(to, (levels * lower[:, :, None]).to(kind), mask=even_inside)
+        levels = _signed(tl.load(rows + 32, mask=odd_inside, other=0))
+        tl.store(to + 32, (levels * upper[:, :, None]).to(kind), mask=odd_inside)
     else:
-        at = scales + 2 * chunk[None, :] * scales_stride + n[:, None]
-        scale, minimum = scale_and_minimum(tl.load(at, mask=inside, other=0))
-        low = _small(levels & 15) * scale[:, :, None] + minimum[:, :, None]
-        tl.store(to, low.to(kind), mask=inside[:, :, None] & (k < K))
-        scale, minimum = scale_and_minimum(tl.load(at + scales_stride, mask=inside, other=0))
-        high = _small(levels >> 4) * scale[:, :, None] + minimum[:, :, None]
-        tl.store(to + 32, high.to(kind), mask=inside[:, :, None] & (k + 32 < K))
+        rows = values + own * values_stride + (chunk[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
+        pairs = tl.load(rows, mask=inside[:, :, None], other=0)
+        low = _small(pairs & 15) * lower[:, :, None] + upper[:, :, None]
+        tl.store(to, low.to(kind), mask=even_inside)
+        lower, upper = halves(tl.load(at + scales_stride, mask=inside, other=0))
+        high = _small(pairs >> 4) * lower[:, :, None] + upper[:, :, None]
+        tl.store(to + 32, high.to(kind), mask=odd_inside)

@@ -21,7 +21,7 @@ __all__ = ["MAX_ROWS", "LaunchConfig", "Problem", "Tuning", "candidates", "heuri
 MAX_ROWS = 256
 """More rows than this are a prefill's, and go to the library's product."""
 
-_BUCKETS = (1, 16, 32, 64, 128, 256)
+_BUCKETS = (1, 8, 16, 32, 64, 128, 256)
 _FOLDER = Path(__file__).parent / "tuned"
 
 
@@ -72,8 +72,13 @@ class Problem:
     @property
     def key(self) -> str:
         """The name of its configuration in a file."""
-        wide = "/float32" if self.compute == torch.float32 and self.kind.startswith("int") else ""
+        wide = "/float32" if self.compute == torch.float32 and self.quantised else ""
         return f"{self.kind}{wide} {self.outputs}x{self.inputs} rows {self.bucket}{' gated' if self.gated else ''}"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the weights are integers."""
+        return self.kind.startswith("int")
 
     @property
     def row_bytes(self) -> float:
@@ -145,99 +150,94 @@ def _of_name(name: str) -> Tuning:
 
 def heuristic(problem: Problem, processors: int = 132) -> LaunchConfig:
     """A configuration that should do for any shape."""
-    if problem.rows == 1:
+    # Unpacking wide rows is the tensor cores' work: they take quantised weights as integers.
+    if problem.rows == 1 and (not problem.quantised or problem.inputs <= 2048):
         return _one_row(problem, processors)
     return _few_rows(problem, processors)
 
 
 def _one_row(problem: Problem, processors: int) -> LaunchConfig:
     outputs, inputs = problem.outputs, problem.inputs
-    smallest = 4 if problem.kind in ("bfloat16", "float16", "float32") else 8
-    block_n = smallest
-    while block_n < 16 and outputs > 4 * processors * block_n:
+    block_n = 4
+    while block_n < 8 and outputs >= 64 * processors * block_n:
         block_n *= 2
-    if problem.gated:
-        block_n = max(smallest, block_n // 2)
-    widest = {"int8": 512, "int4": 1024}.get(problem.kind, 512)
-    block_k = next((size for size in (1024, 512, 256, 128, 64) if size <= widest and inputs % size == 0), 128)
-    if problem.kind == "int8" and inputs % block_k and inputs % 32 == 0:
-        block_k = 32 if inputs < 128 else 128
-    trips = -(-inputs // block_k)
-    vector = {"int8": 16, "int4": 32, "float32": 4}.get(problem.kind, 8)  # weights of a 16-byte load
-    warps = max(1, min(4, block_n * block_k // (32 * vector)))
-    return LaunchConfig("one_row", block_n, block_k, 1, warps=warps, unroll=0 if trips <= 9 else 4, lines=2)
+    if inputs <= 2048:  # one trip: every weight is asked for before the first arrives
+        block_k = max(64, 1 << (inputs - 1).bit_length())
+        return LaunchConfig("one_row", block_n, block_k, 1, warps=min(8, max(1, block_k // 256)), stages=1)
+    block_k = next((size for size in (512, 256, 128) if inputs % size == 0), 256)
+    unroll = 0 if inputs // block_k * (2 if problem.gated else 1) <= 9 else 4
+    return LaunchConfig("one_row", block_n, block_k, 1, warps=4, stages=1, unroll=unroll, lines=8)
 
 
 def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
-    outputs, inputs, rows = problem.outputs, problem.inputs, problem.bucket
-    quantised = problem.kind.startswith("int")
-    wide = problem.compute == torch.float32 or problem.kind == "float32"
-    block_m = min(rows, 32 if wide else 64 if rows <= 64 else 128)
-    if outputs >= 64 * processors // 4 and not wide:
-        block_n = 128 if rows >= 64 and not problem.gated else 64
+    outputs, inputs = problem.outputs, problem.inputs
+    rows = max(8, problem.bucket)
+    wide = problem.compute == torch.float32  # no tensor cores
+    block_m = min(rows, 32 if wide else 64)
+    if outputs >= 16 * processors and not wide:
+        block_n = 128 if rows >= 64 and not problem.gated and not problem.quantised else 64
     else:
-        block_n = 32 if outputs >= 16 * processors // 2 else 16
-        if rows >= 64:
-            block_n = max(block_n, 32)
-    if quantised:
-        sizes = (128, 64)
-    else:
-        sizes = (64,) if block_m >= 64 or wide else (128, 64)
+        block_n = 16 if outputs < 16 * processors // 2 and rows < 64 else 32
+    sizes = (128, 64) if problem.quantised or (block_m < 64 and not wide) else (64,)
     block_k = next((size for size in sizes if inputs % size == 0), 64)
     tiles = -(-outputs // block_n) * -(-rows // block_m)
     trips = -(-inputs // block_k)
+    # Unpacking needs more warps than streaming does.
+    enough = (4 if problem.quantised else 2) * processors
+    fewest = 4 if block_n >= 64 else 6
     split_k = 1
-    while tiles * split_k * 2 <= 2 * processors and trips // (split_k * 2) >= (4 if block_n >= 64 else 6):
+    while 4 * tiles * split_k <= 3 * enough and trips >= 2 * split_k * fewest:
         split_k *= 2
     tile_bytes = block_n * problem.row_bytes / inputs * block_k + 2 * block_m * block_k
-    stages = 2 if wide else max(2, min(5, int(64e3 / tile_bytes)))
+    stages = 2 if wide else max(3, min(6, int(84e3 / tile_bytes)))
     warps = 4 if block_n >= 64 or block_m >= 64 else 2 if block_n == 32 else 1
-    if wide or block_m * block_n > 64 * 128:
+    sums = block_m * block_n * (2 if problem.gated else 1) * (2 if problem.kind == "int4" else 1)
+    if wide or sums > 64 * 96:
         warps = 8
+    fuse_norm = rows <= 16 and inputs <= 1024
     return LaunchConfig(
-        "few_rows", block_n, block_k, block_m, split_k, warps, stages, lines=2, fuse_norm=rows <= 16
+        "few_rows", block_n, block_k, block_m, split_k, warps, stages, lines=2, fuse_norm=fuse_norm
     )
 
 
-def candidates(problem: Problem, processors: int = 132) -> list[LaunchConfig]:
+def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[LaunchConfig]:
     """Configurations worth measuring, the heuristic's first."""
-    base = heuristic(problem, processors)
-    found = [base]
-
-    def add(**changes: Any) -> None:
-        changed = replace(base, **changes)
-        if changed not in found:
-            found.append(changed)
-
+    found = [heuristic(problem, processors)]
     outputs, inputs = problem.outputs, problem.inputs
-    few = outputs * problem.row_bytes < 8e6
+    few = _few_rows(problem, processors)
     if problem.rows == 1:
-        for block_n in (2, 4, 8, 16, 32):
-            enough = processors // 2 <= -(-outputs // block_n) <= 64 * processors
-            if enough and block_n >= (8 if problem.kind.startswith("int") else 2):
-                add(block_n=block_n, warps=max(1, min(8, base.warps * block_n // base.block_n)))
-        add(warps=base.warps * 2)
-        add(unroll=2 if base.unroll else 4)
-        add(unroll=2, stages=5)
-        for block_k in (2 * base.block_k, base.block_k // 2):
-            if inputs % min(block_k, inputs) == 0 and block_k >= 64 and block_k <= 2048:
-                add(block_k=block_k, unroll=0 if inputs // block_k <= 9 else 4)
-        # Tensor cores with fifteen idle rows, where unpacking is the bottleneck or splitting helps.
-        tensor = _few_rows(replace(problem, rows=16), processors)
-        found += [tensor, replace(tensor, split_k=1), replace(tensor, block_n=64, warps=4)]
-    else:
-        for block_n, warps in ((16, 1), (32, 2), (64, 4), (128, 4), (128, 8)):
-            if -(-outputs // block_n) >= processors // 4 or block_n <= 32:
-                for block_k in (64, 128) if inputs % 128 == 0 else (64,):
-                    split_k = 1
-                    while -(-outputs // block_n) * split_k < (processors if few else 2 * processors):
-                        split_k *= 2
-                    split_k = min(split_k, max(1, inputs // block_k // 2), 16)
-                    stages = 6 if block_n * block_k <= 64 * 64 else 4
-                    add(
-                        block_n=block_n, warps=warps, block_k=block_k, stages=stages, split_k=1 << split_k.bit_length() - 1
-                    )  # fmt: skip
-        add(split_k=1)
-        add(split_k=base.split_k * 2)
-        add(stages=base.stages + 2)
-    return list(dict.fromkeys(found))[:12]
+        one = _one_row(problem, processors)
+        found.append(one)
+        for block_n in (2, 4, 8, 16):
+            if outputs // block_n >= processors // 2:
+                found.append(replace(one, block_n=block_n))
+        found += [replace(one, warps=one.warps * 2), replace(one, warps=max(1, one.warps // 2))]
+        if one.block_k < inputs:
+            found += [
+                replace(one, unroll=2),
+                replace(one, block_n=8, unroll=4),
+                replace(one, block_n=2, unroll=0),
+            ]
+        found += [few, replace(few, fuse_norm=not few.fuse_norm)]
+        if problem.quantised:
+            found.insert(3, few)
+    found += [replace(few, split_k=1), replace(few, fuse_norm=not few.fuse_norm)]
+    if few.split_k * 2 * few.block_k <= inputs:
+        found.append(replace(few, split_k=2 * few.split_k))
+    for block_n, warps in ((16, 1), (32, 2), (64, 4), (128, 4), (128, 8)):
+        if block_n >= 128 and problem.bucket < 32 or block_n <= 16 and outputs > 128 * processors:
+            continue
+        tiles = -(-outputs // block_n)
+        split_k = 1
+        while tiles * split_k * 2 <= few.split_k * -(-outputs // few.block_n) and split_k < 16:
+            split_k *= 2
+        found.append(
+            replace(few, block_n=block_n, warps=max(warps, 4 if few.block_m >= 64 else 1), split_k=split_k)
+        )
+        if block_n in (32, 64):
+            found.append(replace(found[-1], stages=min(8, few.stages + 2)))
+    if inputs % 256 == 0:
+        found.append(replace(few, block_k=2 * few.block_k, stages=max(2, few.stages // 2)))
+    if few.block_k == 128:
+        found.append(replace(few, block_k=64, stages=min(8, 2 * few.stages)))
+    return list(dict.fromkeys(found))[:most]

@@ -3,7 +3,8 @@
 The numbers are those of the CPU's tiles (`quantization`, native/quantized_pack.cpp): w = d * q in int8, w = d * q + m in
 int4, d and m in float16, chosen by the same search in the same order of operations. Only the layout differs: a row's
 integers lie together, so that 32 bytes (one sector of memory) are 32 int8 inputs of one group, or 64 int4 inputs of two
-neighbouring groups, the first in the low halves of the bytes. Scales are group-major: a tile of outputs reads them at once.
+neighbouring groups, the first in the low halves of the bytes. Scales are words of 32 bits, so that they can be fetched ahead
+like the weights, and group-major: a tile of outputs reads them together.
 """
 
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ class DeviceWeight:
         outputs, inputs: N and K.
         dtype: what products with it are computed in: bfloat16, float16 or float32.
         values: dense [N, K]; int8 [N, K] int8; int4 [N, bytes] uint8, 32 bytes for each two groups.
-        scales: int8 [groups, N] float16; int4 [groups, N] int32, the scale's bits below the minimum's. Groups are
-            K / 32, in int4 rounded up to an even number (the added one is zero).
+        scales: int32, two float16 in a word. int8 [groups / 2, N]: the scales of two neighbouring groups, the first in
+            the lower half; int4 [groups, N]: a group's scale and, above it, its minimum. Groups are K / 32 rounded up
+            to an even number (the added one is zero).
     """
 
     kind: str
@@ -65,12 +67,12 @@ class DeviceWeight:
         dtype = dtype or self.dtype
         if scales is None:
             return values.to(dtype)
+        halves = scales.contiguous().view(torch.float16).float().unflatten(1, (-1, 2)).transpose(0, 1)
         if self.kind == "int8":
             levels = values.unflatten(1, (-1, GROUP)).float()
-            return (levels * scales.T.float()[:, :, None]).flatten(1).to(dtype)
+            return (levels * halves.flatten(1)[:, : levels.shape[1], None]).flatten(1).to(dtype)
         pairs = values.unflatten(1, (-1, 1, GROUP))
         levels = torch.cat([pairs & 15, pairs >> 4], 2).flatten(1, 2).float()
-        halves = scales.T.contiguous().view(torch.float16).unflatten(1, (-1, 2)).float()
         found = levels * halves[:, :, :1] + halves[:, :, 1:]
         return found.flatten(1)[:, : self.inputs].to(dtype)
 
@@ -95,7 +97,7 @@ def pack_weight(
     levels = torch.cat([part[0] for part in parts])  # [N, groups, 32]
     scales = torch.cat([part[1] for part in parts])  # [N, groups]
     if quantize == "int8":
-        return DeviceWeight("int8", outputs, inputs, dtype, levels.flatten(1), scales.T.contiguous())
+        return _int8(levels, scales, inputs, dtype)
     return _int4(levels, scales, torch.cat([part[2] for part in parts]), inputs, dtype)
 
 
@@ -118,9 +120,17 @@ def weight_of_tiles(
     scales = data[:, :, levels_bytes:].contiguous().view(torch.float16).unflatten(2, (halves, _TILE))
     scales = scales.permute(2, 0, 3, 1).flatten(1, 2)[:, :outputs].to(device)  # [1 or 2, N, groups]
     if halves == 1:
-        integers = (levels ^ 128).contiguous().view(torch.int8)
-        return DeviceWeight("int8", outputs, inputs, dtype, integers.flatten(1), scales[0].T.contiguous())
+        return _int8((levels ^ 128).contiguous().view(torch.int8), scales[0], inputs, dtype)
     return _int4(torch.cat([levels & 15, levels >> 4], 2), scales[0], scales[1], inputs, dtype)
+
+
+def _int8(
+    levels: Int[Tensor, "N groups 32"], scales: Tensor, inputs: int, dtype: torch.dtype
+) -> DeviceWeight:
+    words = torch.nn.functional.pad(scales, (0, scales.shape[1] % 2)).contiguous().view(torch.int32)
+    return DeviceWeight(
+        "int8", len(levels), inputs, dtype, levels.flatten(1).contiguous(), words.T.contiguous()
+    )
 
 
 def _int4(

@@ -1,0 +1,181 @@
+"""The few-row products against their twin: every kind of weight, fused part and way to launch."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from interpreted_triton import DEVICE
+
+from shoestring.engine.cuda.linear import LinearWorkspace, gated_linear, linear, linear_twin
+from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning, candidates, heuristic
+from shoestring.engine.cuda.weights import pack_weight
+from shoestring.errors import RequestError
+
+FEW = LaunchConfig("few_rows", 16, 64, 16, split_k=3, warps=1, stages=2)
+ONE = LaunchConfig("one_row", 8, 64, 1, warps=1, stages=1)
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    gain: torch.Tensor
+    epsilon: float = 1e-5
+    adds_one: bool = False
+
+
+@pytest.fixture(scope="module")
+def workspace():
+    return LinearWorkspace.allocate(DEVICE, width=1536, shares=1 << 20)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(DEVICE)
+
+
+def assert_near(found: torch.Tensor, x: torch.Tensor, *weights, **extras) -> None:
+    """No further from the exact result than twice what PyTorch's own float32 is (or its noise on sums this short)."""
+    exact = linear_twin(x.double(), *weights, **extras, dtype=torch.float64)
+    plain = linear_twin(x, *weights, **extras)
+    size = exact.norm()
+    assert found.isfinite().all()
+    assert (found - exact).norm() / size <= max(2 * float((plain - exact).norm() / size), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "outputs", "inputs", "rows"),
+    [
+        (None, 40, 576, 1), (None, 33, 960, 5), (None, 24, 1536, 16), (None, 72, 192, 64), (None, 40, 112, 2),
+        ("int8", 40, 576, 1), ("int8", 33, 96, 5), ("int8", 24, 960, 2), ("int8", 40, 192, 33),
+        ("int4", 40, 576, 1), ("int4", 33, 96, 5), ("int4", 24, 960, 2), ("int4", 40, 192, 33),
+    ],
+)  # fmt: skip
+def test_linear_and_gated(workspace, quantize, outputs, inputs, rows):
+    x, weight = random(rows, inputs), pack_weight(random(outputs, inputs), quantize)
+    norm = RowNorm(random(inputs, seed=1), adds_one=rows % 2 == 0)
+    bias, residual = random(outputs, seed=2), random(rows, outputs, seed=3)
+    out = residual.clone()  # the result replaces what it is added to
+    extras = {"norm": norm, "bias": bias, "activation": {1: "gelu", 5: None, 2: "relu"}.get(rows, "silu")}
+    linear(x, weight, out, residual=out, workspace=workspace, **extras)
+    assert_near(out, x, weight, residual=residual, **extras)
+    up = pack_weight(random(outputs, inputs, seed=4), quantize)
+    out.fill_(float("nan"))
+    gated_linear(x, weight, up, out, norm=norm, activation="gelu_tanh")
+    assert_near(out, x, weight, up, norm=norm, activation="gelu_tanh")
+    assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_split_sums_are_the_same_in_every_run(workspace, quantize):
+    x, weight = random(18, 544), pack_weight(random(20, 544), quantize)
+    norm = RowNorm(random(544, seed=1))
+    outs = []
+    for _ in range(2):
+        workspace.shares.fill_(float("nan"))
+        outs.append(torch.full((18, 20), float("nan"), device=DEVICE))
+        linear(x, weight, outs[-1], norm=norm, workspace=workspace, config=FEW)
+        assert not workspace.arrived.any()
+    assert torch.equal(*outs)
+    assert not workspace.shares.isnan().all(), "nothing was split"
+    assert_near(outs[0], x, weight, norm=norm)
+    up, out = pack_weight(random(20, 544, seed=5), quantize), torch.empty(18, 20, device=DEVICE)
+    gated_linear(x, weight, up, out, norm=norm, workspace=workspace, config=FEW)
+    assert_near(out, x, weight, up, norm=norm, activation="silu")
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("config", [ONE, replace(ONE, unroll=2), replace(FEW, block_m=8, split_k=1)])
+def test_one_row_by_any_launch(workspace, quantize, config):
+    x, weight = random(1, 288), pack_weight(random(21, 288), quantize)
+    norm = RowNorm(random(288, seed=1))
+    out = torch.full((1, 21), float("nan"), device=DEVICE)
+    linear(x, weight, out, norm=norm, config=config)
+    assert_near(out, x, weight, norm=norm)
+
+
+def test_norm_in_front_equals_norm_on_the_way(workspace):
+    x, weight, norm = (
+        random(3, 160),
+        pack_weight(random(17, 160)),
+        RowNorm(random(160, seed=1), adds_one=True),
+    )
+    for config in (replace(FEW, fuse_norm=False), replace(ONE, fuse_norm=False)):
+        rows = x if config.kernel == "few_rows" else x[:1]
+        out = torch.empty(len(rows), 17, device=DEVICE)
+        linear(rows, weight, out, norm=norm, workspace=workspace, config=config)
+        assert_near(out, rows, weight, norm=norm)
+
+
+def test_strided_rows_and_narrow_types():
+    x = random(1, 200).bfloat16()
+    weight = pack_weight(random(24, 96).bfloat16())
+    out = torch.zeros(1, 40, dtype=torch.bfloat16, device=DEVICE)
+    linear(x[:, 8:104], weight, out[:, :24], norm=RowNorm(random(96, seed=1).bfloat16()), config=ONE)
+    expected = linear_twin(x[:, 8:104].float(), weight, norm=RowNorm(random(96, seed=1).bfloat16()))
+    torch.testing.assert_close(
+        out[:, :24].float(), expected, rtol=2**-7, atol=1e-3
+    )  # the interpreter truncates
+    assert not out[:, 24:].any()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_prefill(quantize):
+    x, weight, up = random(257, 96), *(pack_weight(random(20, 96, seed=s), quantize) for s in (0, 1))
+    norm, bias, residual = RowNorm(random(96, seed=1)), random(20), random(257, 20)
+    out = residual.clone()
+    linear(x, weight, out, norm=norm, bias=bias, residual=out, activation="relu")
+    assert_near(out, x, weight, norm=norm, bias=bias, residual=residual, activation="relu")
+    gated_linear(x, weight, up, out, norm=norm)
+    assert_near(out, x, weight, up, norm=norm, activation="silu")
+
+
+def test_no_rows_are_no_work():
+    linear(random(0, 64), pack_weight(random(8, 64)), torch.empty(0, 8, device=DEVICE))
+
+
+def test_misfits_are_refused():
+    x, weight, out = random(2, 64), pack_weight(random(8, 64)), torch.empty(2, 8, device=DEVICE)
+    with pytest.raises(RequestError, match=r"\[2, 32\] and a weight \[8, 64\]"):
+        linear(x[:, :32], weight, out)
+    with pytest.raises(RequestError, match="'tanh'"):
+        linear(x, weight, out, activation="tanh")
+    with pytest.raises(RequestError, match="differ"):
+        gated_linear(x, weight, pack_weight(random(8, 64), "int8"), out)
+    with pytest.raises(RequestError, match="one-row launch was chosen for 2"):
+        linear(x, weight, out, config=ONE)
+
+
+SHAPES = [
+    (960, 576), (576, 576), (576, 1536), (49152, 576), (12288, 4096), (4096, 11008), (32000, 4096), (16, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8", "int4"])
+def test_heuristics_are_launchable(kind):
+    for outputs, inputs in SHAPES:
+        for rows in (1, 2, 16, 64, 256):
+            compute = torch.float32 if kind == "float32" else torch.bfloat16
+            problem = Problem(outputs, inputs, rows, kind, outputs == 960, compute)
+            choices = candidates(problem)
+            assert choices[0] == heuristic(problem)
+            assert len(set(choices)) == len(choices) <= 12
+            for config in choices:
+                assert config.kernel == "few_rows" or rows == 1
+                for size in (config.block_n, config.block_k, config.warps):
+                    assert size & (size - 1) == 0 < size
+                assert config.block_k >= (64 if problem.quantised else 16)
+                assert 1 <= config.split_k <= max(1, inputs // config.block_k)
+
+
+def test_winners_are_kept_in_a_file(tmp_path):
+    problem = Problem(960, 576, 1, "bfloat16")
+    winner = replace(ONE, block_n=2, lines=4)
+    Tuning({problem.key: winner}, pdl=True).write(tmp_path / "gpu.json")
+    read = Tuning.read(tmp_path / "gpu.json")
+    assert read.pdl
+    assert read.config(problem) == winner
+    other = replace(problem, rows=2)
+    assert read.config(other) == heuristic(other)
+    assert replace(problem, rows=7).key == replace(problem, rows=8).key != problem.key
+    text = (tmp_path / "gpu.json").read_text().replace('"lines"', '"line"')
+    (tmp_path / "gpu.json").write_text(text)
+    with pytest.raises(RequestError, match=r"unknown field 'line' \(did you mean 'lines'\?\)"):
+        Tuning.read(tmp_path / "gpu.json")
