@@ -22,7 +22,7 @@ def attention(plan, dtype, window=False, softcap=False):
     code = compile_for_h100(
         attention_kernel,
         f"*{kind} *{kind} *i64 " + "*i32 " * 7 + "*fp32 *fp32 *i32 i32 i32 i32! i32! " + "i32 " * 5 + "fp32 fp32",
-        shared | dict(CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, MERGE_LAST=plan.merge_last),
+        shared | dict(CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, MERGE_LAST=plan.merge_last, PDL=True),
         warps=plan.warps, stages=plan.stages,
     )
     ptx = code["ptx"]
@@ -52,7 +52,9 @@ for kind, dtype in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
         compile_for_h100(
             rotary_kernel,
             f"*{kind} *fp32 *i64 *{kind} *{kind} *{kind} *i32 *i32 *i32 *i32 *i32 i32! i32! i32 i32 i32 i32 fp32",
-            dict(D=D, BLOCK_D=128 if D == 80 else D, ROTARY=rotary, BLOCK_H=4, CACHE=dtype, NORM=norm, ADDS_ONE=norm),
+            dict(
+                D=D, BLOCK_D=128 if D == 80 else D, ROTARY=rotary, BLOCK_H=4, CACHE=dtype, NORM=norm, ADDS_ONE=norm, PDL=True
+            ),
             warps=2 if D <= 128 else 4,
         )
         code = compile_for_h100(

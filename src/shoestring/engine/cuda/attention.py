@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shoestring.engine.cuda.attention_kernels import TRITON_TYPES, attention_kernel, merge_kernel
+from shoestring.engine.cuda.launching import launch_options
 from shoestring.engine.cuda.layout import DeviceLayout, read_cache
 
 __all__ = ["AttentionPlan", "Workspace", "attention_twin", "tree_attention"]
@@ -68,7 +69,13 @@ class AttentionPlan:
         else:
             largest = 64 if rows < 256 or head_dim > 128 else 128
         per_slot = -(-rows // slots) * group
-        block_rows = max(_power_of_two(group), min(_power_of_two(per_slot), largest), 16)
+        most = max(_power_of_two(group), min(_power_of_two(per_slot), largest), 16)
+        # A tile's time hardly depends on how many tiles run beside it: small ones, as long as all run at once.
+        block_rows = max(_power_of_two(group), 16)
+        while block_rows < most and (
+            cls(slots, rows, heads, kv_heads, head_dim, block_rows=block_rows).tiles * kv_heads > processors
+        ):
+            block_rows *= 2
         plan = {
             "block_rows": block_rows,
             "block_keys": (32 if block_rows * head_dim <= 2048 else 16) if wide else 64,
@@ -137,6 +144,7 @@ def tree_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    pdl: bool = False,
 ) -> None:
     """Write the rows' attention into `out`; padded rows become zeros.
 
@@ -145,6 +153,7 @@ def tree_attention(
         table: addresses [slots, blocks] int64 of cache blocks in `cache_dtype`; the step's own keys are in them.
         window: a row sees only keys at positions above its own minus this; 0: all.
         softcap: scores become softcap * tanh(score / softcap); 0: as they are.
+        pdl: start before the kernel in front has ended (Hopper).
     """
     views = (layout.cached, layout.first_row, layout.row_count, layout.is_chain, layout.table_row)
     constants = {
@@ -159,6 +168,7 @@ def tree_attention(
         query, out, table, *views, layout.position, layout.ancestors, *shares, *sizes, layer, window, plan.splits, blocks,
         scale, softcap, **constants, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
         MERGE_LAST=plan.merge_last, num_warps=plan.warps, num_stages=plan.stages,
+        **launch_options(pdl),
     )  # fmt: skip
     if plan.splits > 1 and not plan.merge_last:
         merge_kernel[(plan.tiles, plan.kv_heads)](

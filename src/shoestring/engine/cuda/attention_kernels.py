@@ -5,6 +5,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shoestring.engine.cuda.layout import BLOCK_TOKENS
 
@@ -59,6 +60,16 @@ def _load_block(
         mask = (d < D)[None, :]
         return tl.load(at, mask=mask, other=0.0), tl.load(at + stride, mask=mask, other=0.0)
     return tl.load(at), tl.load(at + stride)
+
+
+@triton.jit
+def _ancestor_words(bits, valid, own, first):
+    """The words [M, N] that hold the bits of the tree's rows `own`: a block of keys touches three of them at most."""
+    low = tl.load(bits + first, mask=valid & (first < 8), other=0)
+    middle = tl.load(bits + first + 1, mask=valid & (first < 7), other=0)
+    high = tl.load(bits + first + 2, mask=valid & (first < 6), other=0)
+    which = (own // 32 - first)[None, :]
+    return tl.where(which == 0, low[:, None], tl.where(which == 1, middle[:, None], high[:, None]))
 
 
 @triton.jit
@@ -127,9 +138,12 @@ def attention_kernel(
     slots, rows, query_stride, out_stride, table_stride, layer, window, splits, min_blocks, scale, softcap,
     SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, CACHE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    MERGE_LAST: tl.constexpr,
+    MERGE_LAST: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles, K, splits): see `tree_attention`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     TILE_ROWS: tl.constexpr = BLOCK_M // GROUP
@@ -191,10 +205,8 @@ def attention_kernel(
         k, v = _load_block(base, layer, head, heads, inner + offsets, limit, d, D, BLOCK_D, CACHE, True)
         own = key + offsets - n
         branching = (own >= 0) & (own < count) & ~chain
-        words = tl.load(
-            ancestors + step_row[:, None] * 8 + (own // 32)[None, :], mask=valid[:, None] & branching[None, :], other=0
-        )  # fmt: skip
-        visible = ((words >> (own & 31)[None, :]) & 1) != 0
+        words = _ancestor_words(ancestors + step_row * 8, valid & ~chain, own, tl.maximum(key - n, 0) // 32)
+        visible = (((words >> (own & 31)[None, :]) & 1) != 0) & branching[None, :]
         visible = visible | (own < 0)[None, :] | (chain & (own[None, :] <= row[:, None]))
         if HAS_WINDOW:
             at_position = tl.load(position + first + own, mask=branching, other=0)

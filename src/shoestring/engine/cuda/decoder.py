@@ -20,6 +20,7 @@ from shoestring.engine.cuda.layout import DeviceLayout, block_shape
 from shoestring.engine.cuda.linear import LinearWorkspace, gated_linear, linear
 from shoestring.engine.cuda.rotary import rotary_table, rotate_and_store
 from shoestring.engine.cuda.rows import RowNorm, add_normed, embed, take_normed
+from shoestring.engine.cuda.tuning import Tuning
 from shoestring.engine.cuda.weights import DeviceWeight
 from shoestring.engine.native_weights import NativeConfig
 
@@ -189,6 +190,7 @@ class Decoder:
         gated, added = buffers.gated[:rows], buffers.added[:rows]
         query = packed[:, : heads * dim].unflatten(1, (heads, dim))
         cache: dict[str, Any] = {"cache_dtype": dtype}
+        pdl = self.device.type == "cuda" and Tuning.of_machine(self.device).pdl
         shared: dict[str, Any] = {"workspace": self._workspace}
         hidden = hidden or {}
         move_rows(table, layout, layers=len(self.layers), kv_heads=kv_heads, head_dim=dim, **cache)
@@ -210,6 +212,7 @@ class Decoder:
                 key_gain=layer.key_gain,
                 eps=config.norm_epsilon,
                 adds_one=config.norm_adds_one,
+                pdl=pdl,
                 **cache,
             )
             tree_attention(
@@ -223,6 +226,7 @@ class Decoder:
                 scale=config.attention_scale,
                 window=config.windows[index],
                 softcap=config.attention_softcap,
+                pdl=pdl,
                 **cache,
             )
             flat = attended.flatten(1)
@@ -230,19 +234,19 @@ class Decoder:
                 linear(flat, layer.output, x, bias=layer.output_bias, residual=x, **shared)
             else:
                 linear(flat, layer.output, added, bias=layer.output_bias, **shared)
-                add_normed(layout, added, layer.post_attention_norm, x)
+                add_normed(layout, added, layer.post_attention_norm, x, pdl)
             gated_linear(x, layer.gate, layer.up, gated, norm=layer.mlp_norm, activation=config.activation)
             if layer.post_mlp_norm is None:
                 linear(gated, layer.down, x, residual=x, **shared)
             else:
                 linear(gated, layer.down, added, **shared)
-                add_normed(layout, added, layer.post_mlp_norm, x)
+                add_normed(layout, added, layer.post_mlp_norm, x, pdl)
         if len(self.layers) in hidden:
             hidden[len(self.layers)].copy_(self.norm(x))
         if candidates is None:
             return
         final, logits = buffers.final[:outputs], buffers.logits[:outputs]
-        take_normed(layout, x, self.norm, final)
+        take_normed(layout, x, self.norm, final, pdl)
         linear(final, self.head, logits, bias=self.head_bias, **shared)
         if config.logit_softcap:
             logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)

@@ -151,8 +151,15 @@ def _probe_tokens(config: NativeConfig) -> list[int]:
 
 def _module_logits(module: torch.nn.Module, config: NativeConfig) -> Tensor:
     tokens = torch.tensor([_probe_tokens(config)], device=next(module.parameters()).device)
-    with torch.inference_mode():
-        logits: Tensor = module(input_ids=tokens, use_cache=False).logits[0]
+    attention: str = admission.text_config(module)._attn_implementation
+    if config.attention_softcap:  # SDPA leaves it out
+        admission.switch_attention(module, "eager")
+    try:
+        with torch.inference_mode():
+            logits: Tensor = module(input_ids=tokens, use_cache=False).logits[0]
+    finally:
+        if config.attention_softcap:
+            admission.switch_attention(module, attention)
     return logits.float()
 
 

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shoestring.engine.cuda.attention_kernels import TRITON_TYPES
+from shoestring.engine.cuda.launching import launch_options
 from shoestring.engine.cuda.layout import BLOCK_TOKENS, DeviceLayout
 
 __all__ = ["rotary_table", "rotary_twin", "rotate_and_store"]
@@ -47,6 +49,7 @@ def rotate_and_store(
     key_gain: Float[Tensor, " D"] | None = None,
     eps: float = 1e-6,
     adds_one: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Write the rows' rotated queries into `query` and their keys and values into the cache; padded rows write nothing.
 
@@ -56,6 +59,7 @@ def rotate_and_store(
         table: addresses [slots, blocks] int64 of the cache's blocks.
         query: rows may be strided; `packed`'s own first heads will do.
         query_gain, key_gain: of the heads' RMS norm, both or neither; with `adds_one` the gain is 1 more.
+        pdl: start before the kernel in front has ended (Hopper).
     """
     head_dim = query.shape[2]
     assert (query_gain is None) == (key_gain is None)
@@ -65,7 +69,7 @@ def rotate_and_store(
         packed.stride(0), query.stride(0), table.stride(0), layer, heads, kv_heads, eps,
         D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), ROTARY=cosines.shape[1], BLOCK_H=_HEADS_PER_PROGRAM,
         CACHE=TRITON_TYPES[cache_dtype], NORM=query_gain is not None, ADDS_ONE=adds_one,
-        num_warps=2 if head_dim <= 128 else 4,
+        num_warps=2 if head_dim <= 128 else 4, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -115,9 +119,12 @@ def rotary_kernel(
     packed, cosines, table, query, query_gain, key_gain, slot_of, position, tree_row, cached, table_row,
     packed_stride, query_stride, table_stride, layer, heads, kv_heads, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_H: tl.constexpr, CACHE: tl.constexpr,
-    NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
+    NORM: tl.constexpr, ADDS_ONE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (rows, blocks of heads): see `rotate_and_store`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0)
     slot = tl.load(slot_of + row)
     if slot < 0:

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from shoestring.engine.cuda.launching import launch_options
 from shoestring.engine.cuda.layout import DeviceLayout
 
 __all__ = [
@@ -71,13 +73,14 @@ def embed_twin(
 
 
 def take_normed(
-    layout: DeviceLayout, x: Float[Tensor, "R E"], norm: RowNorm, out: Float[Tensor, "O E"]
+    layout: DeviceLayout, x: Float[Tensor, "R E"], norm: RowNorm, out: Float[Tensor, "O E"], pdl: bool = False
 ) -> None:
     """Write the normalised output rows into `out`; zeros where the layout has none."""
     outputs, width = out.shape
     take_normed_kernel[(outputs,)](
         layout.output_row, x, norm.gain, out, width, x.stride(0), out.stride(0), norm.epsilon,
         ADDS_ONE=norm.adds_one, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -87,12 +90,15 @@ def take_normed_twin(layout: DeviceLayout, x: Float[Tensor, "R E"], norm: RowNor
     return norm(x[rows.clamp(min=0)]) * (rows >= 0)[:, None]
 
 
-def add_normed(layout: DeviceLayout, y: Float[Tensor, "R E"], norm: RowNorm, x: Float[Tensor, "R E"]) -> None:
+def add_normed(
+    layout: DeviceLayout, y: Float[Tensor, "R E"], norm: RowNorm, x: Float[Tensor, "R E"], pdl: bool = False
+) -> None:
     """`x += norm(y)` in place: a sub-layer whose output is normalised before it is added."""
     rows, width = x.shape
     add_normed_kernel[(rows,)](
         layout.slot, y, norm.gain, x, width, y.stride(0), x.stride(0), norm.epsilon,
         ADDS_ONE=norm.adds_one, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -138,8 +144,12 @@ def take_normed_kernel(
     epsilon,
     ADDS_ONE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Grid (O,)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     output = tl.program_id(0)
     row = tl.load(output_row + output)
     e = tl.arange(0, BLOCK)
@@ -152,9 +162,22 @@ def take_normed_kernel(
 
 @triton.jit(do_not_specialize=["width"])
 def add_normed_kernel(
-    slot, y, gain, x, width, y_stride, x_stride, epsilon, ADDS_ONE: tl.constexpr, BLOCK: tl.constexpr
+    slot,
+    y,
+    gain,
+    x,
+    width,
+    y_stride,
+    x_stride,
+    epsilon,
+    ADDS_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Grid (R,)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0)
     if tl.load(slot + row) < 0:
         return

@@ -225,7 +225,7 @@ def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[
     if few.split_k * 2 * few.block_k <= inputs:
         found.append(replace(few, split_k=2 * few.split_k))
     for block_n, warps in ((16, 1), (32, 2), (64, 4), (128, 4), (128, 8)):
-        if block_n >= 128 and problem.bucket < 32 or block_n <= 16 and outputs > 128 * processors:
+        if (block_n >= 128 and problem.bucket < 32) or (block_n <= 16 and outputs > 128 * processors):
             continue
         tiles = -(-outputs // block_n)
         split_k = 1
