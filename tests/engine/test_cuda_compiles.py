@@ -53,7 +53,8 @@ for kind, dtype in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
             rotary_kernel,
             f"*{kind} *fp32 *i64 *{kind} *{kind} *{kind} *i32 *i32 *i32 *i32 *i32 i32! i32! i32 i32 i32 i32 fp32",
             dict(
-                D=D, BLOCK_D=128 if D == 80 else D, ROTARY=rotary, BLOCK_H=4, CACHE=dtype, NORM=norm, ADDS_ONE=norm, PDL=True
+                D=D, BLOCK_D=128 if D == 80 else D, ROTARY=rotary, BLOCK_H=4, CACHE=dtype, NORM=norm, ADDS_ONE=norm,
+                PDL=True,
             ),
             warps=2 if D <= 128 else 4,
         )
