@@ -222,7 +222,9 @@ def _locate(row_count, slots, tile, SLOTS: tl.constexpr, TILE_ROWS: tl.constexpr
 
 
 @triton.jit
-def _shares(n, row, last, chain, window, splits, min_blocks, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def _shares(
+    n, row, last, chain, window, splits, min_blocks, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
     """A tile's first and last block of keys, blocks per share, shares."""
     begin = 0
     if HAS_WINDOW:
@@ -310,7 +312,9 @@ def _merge(
     tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["slots", "rows", "table_stride", "layer", "window", "splits", "min_blocks"])
+@triton.jit(
+    do_not_specialize=["slots", "rows", "table_stride", "layer", "window", "splits", "min_blocks"]
+)
 def attention_kernel(
     query, out, table, cached, first_row, row_count, is_chain, table_row, position, ancestors, values, sums, arrived,
     slots, rows, query_stride, out_stride, table_stride, layer, window, splits, min_blocks, scale, softcap,
@@ -338,9 +342,7 @@ def attention_kernel(
     first = tl.load(first_row + slot)
     chain = tl.load(is_chain + slot) != 0
     last = tl.minimum(tile_row + TILE_ROWS, count)
-    begin, end, share, used = _shares(
-        n, tile_row, last, chain, window, splits, min_blocks, BLOCK_N, HAS_WINDOW
-    )
+    begin, end, share, used = _shares(n, tile_row, last, chain, window, splits, min_blocks, BLOCK_N, HAS_WINDOW)
     if split >= used:
         return
     row = tile_row + m // GROUP
