@@ -1,8 +1,8 @@
 """Triton kernels of the products with one row, of norms for many rows, and of quantised matrices unpacked for prefill.
 
-`one_row_kernel` works on the ordinary cores, in float32 from the loads on: a program takes BLOCK_N outputs, its threads keep
-sums of their own inputs to the end and join them once. UNROLL 0: all loads are laid out at once, the first before the kernel
-in front has ended (PDL); else so many trips of the loop are, or STAGES of them go through shared memory.
+`one_row_kernel` works on the ordinary cores, in float32 from the loads on: a program takes BLOCK_N outputs, its threads
+keep sums of their own inputs to the end and join them once. UNROLL 0: all loads are laid out at once, the first before the
+kernel in front has ended (PDL); else so many trips of the loop are, or STAGES of them go through shared memory.
 """
 
 # ruff: noqa: N803, N806

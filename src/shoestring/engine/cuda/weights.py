@@ -3,8 +3,8 @@
 The numbers are those of the CPU's tiles (`quantization`, native/quantized_pack.cpp): w = d * q in int8, w = d * q + m in
 int4, d and m in float16, chosen by the same search in the same order of operations. Only the layout differs: a row's
 integers lie together, so that 32 bytes (one sector of memory) are 32 int8 inputs of one group, or 64 int4 inputs of two
-neighbouring groups, the first in the low halves of the bytes. Scales are words of 32 bits, so that they can be fetched ahead
-like the weights, and group-major: a tile of outputs reads them together.
+neighbouring groups, the first in the low halves of the bytes. Scales are words of 32 bits, so that they can be fetched
+ahead like the weights, and group-major: a tile of outputs reads them together.
 """
 
 from dataclasses import dataclass
