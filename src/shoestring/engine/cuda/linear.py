@@ -25,6 +25,7 @@ __all__ = ["LinearWorkspace", "Norm", "gated_linear", "linear", "linear_twin"]
 
 _ACTIVATIONS = (None, "silu", "gelu_tanh", "gelu", "relu")
 _TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_PTX = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _BITS = {"dense": 0, "int8": 8, "int4": 4}
 
 
@@ -279,7 +280,7 @@ def launches(
         (*tensors, *scratch, rows, weight.outputs, x.stride(0), *strides, residual_stride, out.stride(0), epsilon),
         {
             **constants, "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "SPLIT_K": config.split_k,
-            "PTX": config.ptx and not interpreted,
+            "PTX": "" if interpreted or not config.ptx else _PTX.get(weight.dtype, ""),
         },
         config.warps,
         config.stages,

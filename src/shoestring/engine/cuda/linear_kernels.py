@@ -2,12 +2,12 @@
 
 `few_rows_kernel` streams a matrix once. Tiles of weights [BLOCK_N, BLOCK_K] are the left operand of the tensor cores and
 the rows, padded to BLOCK_M, the right one: few rows are a small side there, at no cost. Quantised weights enter as the
-integers that they are, exact in bfloat16; a group's sum is scaled in float32. An RMSNorm can be taken on the way: its
-gain multiplies the inputs as they stream by, the row's own factor the result. Shares of a split sum (SPLIT_K) are added in
-their order by the program that arrives last, so results do not change from run to run.
+integers that they are, exact in bfloat16; a group's sum is scaled in float32. An RMSNorm can be taken on the way: its gain
+multiplies the inputs as they stream by, the row's own factor the result. Shares of a split sum (SPLIT_K) are added in their
+order by the program that arrives last, so results do not change from run to run.
 
 KIND is the bits of a quantised weight, 0 for dense ones. PDL: the kernel may start before the one in front has ended, so
-nothing but weights is read before `gdc_wait`.
+nothing but weights is read before `gdc_wait`. PTX: "bf16", "fp16" or "", how int4 is unpacked.
 """
 
 # ruff: noqa: N803, N806
@@ -102,12 +102,12 @@ def prefetch(values, row_bytes, first_byte, n, ROW_BYTES: tl.constexpr, LINES: t
 @triton.jit
 def _nibbles(pairs, COMPUTE: tl.constexpr, PTX: tl.constexpr):
     """Low and high halves of bytes, plus an offset, exact in COMPUTE."""
-    if PTX and tl.bfloat16 == COMPUTE:
+    if PTX == "bf16":
         low, high = tl.inline_asm_elementwise(
             _NIBBLES_BF16, "=r,=r,=r,=r,r", [pairs], (tl.bfloat16, tl.bfloat16), True, 4
         )
         offset = 128.0
-    elif PTX and tl.float16 == COMPUTE:
+    elif PTX == "fp16":
         low, high = tl.inline_asm_elementwise(
             _NIBBLES_FP16, "=r,=r,=r,=r,r", [pairs], (tl.float16, tl.float16), True, 4
         )
@@ -159,10 +159,12 @@ def _add_int4(
     words = scales + 2 * chunk * scales_stride + n
     scale, minimum = halves(load(words, inside, EVEN, "evict_first"))
     part = tl.dot(low, even, input_precision="ieee")
-    sums += scale[:, None] * part + (minimum - offset * scale)[:, None] * even_sum
+    sums += scale[:, None] * part
+    sums += (minimum - offset * scale)[:, None] * even_sum
     scale, minimum = halves(load(words + scales_stride, inside, EVEN, "evict_first"))
     part = tl.dot(high, odd, input_precision="ieee")
-    return sums + scale[:, None] * part + (minimum - offset * scale)[:, None] * odd_sum
+    sums += scale[:, None] * part
+    return sums + (minimum - offset * scale)[:, None] * odd_sum
 
 
 @triton.jit
@@ -263,13 +265,18 @@ def few_rows_kernel(
                             other, second + at, second_scales, own, chunk, scales_stride, even, odd, K, EVEN, COMPUTE
                         )  # fmt: skip
                 else:
-                    # The tensor cores sum the inputs, for the minima: the sums come out where they are needed. The
-                    # inputs are loaded anew (another policy keeps the two apart), each time laid out for its product.
+                    # The tensor cores sum the inputs, for the minima: the sums come out where they are needed. Few
+                    # rows are loaded anew (another policy keeps the two apart), laid out for this product; many are
+                    # on the way to the L2 cache's limit.
                     ones = tl.full((BLOCK_N, 32), 1.0, COMPUTE)
-                    tile, _ = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
-                    even_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
-                    tile, _ = _rows_of_x(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
-                    odd_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
+                    if BLOCK_M < 32:
+                        tile, _ = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
+                        even_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
+                        tile, _ = _rows_of_x(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
+                        odd_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
+                    else:
+                        even_sum = tl.dot(ones, even, input_precision="ieee")
+                        odd_sum = tl.dot(ones, odd, input_precision="ieee")
                     sums = _add_int4(
                         sums, first + at, first_scales, own, chunk, scales_stride, even, odd, even_sum, odd_sum,
                         K, EVEN, COMPUTE, PTX,

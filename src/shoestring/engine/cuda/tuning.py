@@ -175,7 +175,7 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
     wide = problem.compute == torch.float32  # no tensor cores
     block_m = min(rows, 32 if wide else 64)
     if outputs >= 16 * processors and not wide:
-        block_n = 128 if rows >= 64 and not problem.gated and not problem.quantised else 64
+        block_n = 128 if rows >= 64 and not problem.gated else 64
     else:
         block_n = 16 if outputs < 16 * processors // 2 and rows < 64 else 32
     sizes = (128, 64) if problem.quantised or (block_m < 64 and not wide) else (64,)
@@ -191,6 +191,8 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
     tile_bytes = block_n * problem.row_bytes / inputs * block_k + 2 * block_m * block_k
     stages = 2 if wide else max(3, min(6, int(84e3 / tile_bytes)))
     warps = 4 if block_n >= 64 or block_m >= 64 else 2 if block_n == 32 else 1
+    if problem.quantised and block_m == 16:
+        warps = min(warps, 2)  # the older tensor instructions, which take unpacked weights with fewer moves
     sums = block_m * block_n * (2 if problem.gated else 1) * (2 if problem.kind == "int4" else 1)
     if wide or sums > 64 * 96:
         warps = 8

@@ -1,0 +1,72 @@
+"""The few-row products compile for an H100 where there is none: within its memory, without spills, by wide loads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys
+import torch
+from compiled_launches import SHARED_MEMORY, compile_problem
+from shoestring.engine.cuda.tuning import Problem
+
+SMOLLM2 = {"qkv": (960, 576), "gate": (1536, 576), "down": (576, 1536), "head": (49152, 576)}
+SEVEN = {"qkv": (12288, 4096), "output": (4096, 4096), "gate": (11008, 4096), "down": (4096, 11008)}
+
+def check(shape, rows, kind, pdl=False):
+    gated = shape in (SMOLLM2["gate"], SEVEN["gate"])
+    compute = torch.float32 if kind == "float32" else torch.float16 if kind == "float16" else torch.bfloat16
+    norm = gated or shape in (SMOLLM2["qkv"], SEVEN["qkv"])
+    problem = Problem(*shape, rows, kind, gated, compute)
+    for made in compile_problem(problem, norm=norm, residual=not norm, pdl=pdl):
+        constants = made.launch.constants
+        tile = {name: constants[name] for name in ("BLOCK_N", "BLOCK_K", "BLOCK_M", "SPLIT_K") if name in constants}
+        print(problem.key, made.launch.kernel.__name__, made.launch.grid, tile, made.launch.warps, "warps",
+              made.registers, "registers", made.spilled, "spilled", made.shared, "shared", flush=True)
+        assert made.shared <= SHARED_MEMORY
+        assert not made.spilled or made.spilled <= 64, made.spilled  # a few bytes outside the loop do no harm
+        name = made.launch.kernel.__name__
+        assert ("griddepcontrol.wait" in made.ptx) == pdl
+        assert ("prefetch.global.L2" in made.ptx) == bool(pdl and constants.get("LINES") and constants.get("UNROLL", 1))
+        if name == "few_rows_kernel":
+            assert "cp.async.c" in made.ptx
+            assert ("mma.sync" in made.ptx or "wgmma.mma_async" in made.ptx) == (kind != "float32")
+            assert ("lop3.b32" in made.ptx) == (kind == "int4")
+        elif name == "one_row_kernel":
+            assert "ld.global.L1::evict_first.L2::cache_hint.v4.b32" in made.ptx
+            assert "ld.global.b16" not in made.ptx
+
+if sys.argv[1] == "few":
+    check(SMOLLM2["qkv"], 1, "bfloat16", pdl=True)
+    check(SMOLLM2["down"], 64, "bfloat16")
+    check(SEVEN["gate"], 16, "bfloat16", pdl=True)
+    check(SEVEN["output"], 1, "int4")
+    check(SEVEN["qkv"], 16, "int8")
+else:
+    for rows in (1, 8, 16, 64):
+        for kind in ("bfloat16", "float16", "float32", "int8", "int4"):
+            for shape in (*SMOLLM2.values(), *SEVEN.values()):
+                check(shape, rows, kind, pdl=rows == 8)
+"""
+
+
+@pytest.mark.parametrize("which", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_products_compile_for_a_gpu_that_is_not_there(which: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    # In a file: Triton reads the kernels' source, and its own cache would hide a failure.
+    file = tmp_path / "compile_products.py"
+    file.write_text(PROGRAM)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(root / "tests" / "parity"), str(root / "src")]),
+    }
+    done = subprocess.run(
+        [sys.executable, file, which], env=environment, capture_output=True, text=True, check=False
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
