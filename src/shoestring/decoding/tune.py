@@ -65,7 +65,7 @@ class StepCost:
         plain = self.of(1)
         return any((1 + (count - 1) / 2) * plain > self.of(count) for count in self.rows[1:])
 
-    def best_rows(self, chances: Sequence[float], batch: int = 1) -> int:
+    def best_rows(self, chances: Sequence[float] | np.ndarray, batch: int = 1) -> int:
         """How many drafted rows, taken in order, give the most expected tokens per second.
 
         `chances[i]` is the chance that row i is accepted; each of `batch` sequences drafts alike.

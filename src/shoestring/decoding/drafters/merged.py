@@ -108,29 +108,28 @@ class MergedDrafter:
         """
         rows = self._ahead
         assert rows is not None, "asked for only with look-ahead embeddings"
-        ends = [1.0, *chances]
-        for node, chance in enumerate(chances):
-            ends[draft.parents[node] + 1] -= chance
+        drafted = len(chances)
+        ends = np.array([1.0, *chances])  # by row: the last token's, then the nodes'
+        np.subtract.at(ends, np.array(draft.parents[:drafted], np.intp) + 1, chances)
         foreseen, gains = 1.0, []
         for position in range(1, len(rows) + 1):
             foreseen = min(foreseen, self._rates.rate(("only pass", position, 0)))
             gains.append(foreseen)
-        values = [(chance, 0, node, True) for node, chance in enumerate(chances)]
-        values += [
-            (end * gain, -place, node - 1, False)
-            for node, end in enumerate(ends)
-            if end * gains[0] > _LEAST_VALUE
-            for place, gain in enumerate(gains)
-        ]
+        worthwhile = np.flatnonzero(ends * gains[0] > _LEAST_VALUE)
+        values = np.concatenate([chances, np.outer(ends[worthwhile], gains).ravel()])
+        # Of equals a drafted row goes first, then the look-ahead row nearer to the token above it.
+        places = np.concatenate([np.full(drafted, -1), np.tile(np.arange(len(gains)), len(worthwhile))])
+        nodes = np.concatenate([np.arange(drafted), np.repeat(worthwhile - 1, len(gains))])
         # A drafted row's chance is at most its parent's, and a look-ahead row's value that of the one above it.
-        values.sort(key=lambda value: (-value[0], not value[3], -value[1]))
-        count = most if cost is None else cost.best_rows([value[0] for value in values[:most]], batch)
-        chosen = values[:count]
-        kept = _first_nodes(draft, sum(drafted for *_, drafted in chosen))
+        order = np.lexsort((places, -values))[:most]
+        count = most if cost is None else cost.best_rows(values[order], batch)
+        chosen = order[:count]
+        kept = _first_nodes(draft, int((chosen < drafted).sum()))
+        lengths = Counter(nodes[chosen[chosen >= drafted]].tolist())
         rows.begin(kept)
-        lengths = Counter(node for _, _, node, drafted in chosen if not drafted and node < len(kept))
         for node, length in lengths.items():
-            rows.add(node, length)
+            if node < len(kept):
+                rows.add(node, length)
         return kept
 
     def observe(self, step: StepObservation) -> None:
