@@ -19,7 +19,7 @@ SOURCES = ("ngram", "recycle", "pass", "only pass")
 _FIRST = MappingProxyType(
     {
         "ngram": (0.2, 0.2, 0.5, 0.6, 0.65, 0.7, 0.8),
-        "recycle": (0.2, 0.3, 0.55, 0.1, 0.15),
+        "recycle": (0.12, 0.33, 0.6, 0.02, 0.1),
         "pass": (0.3, 0.3, 0.2, 0.15, 0.1),
         "only pass": (0.15, 0.15, 0.05, 0.02, 0.01),
     }
