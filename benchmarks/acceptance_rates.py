@@ -21,7 +21,7 @@ class CountedRates(AcceptanceRates):
     """Rates that also count every guess put to the test."""
 
     def __init__(self, hits: Counter[Guess], trials: Counter[Guess]) -> None:
-        super().__init__()
+        super().__init__(native=False)  # the native guesses count for themselves
         self._hits, self._trials = hits, trials
 
     def observe(self, guess: Guess, hit: bool) -> None:
@@ -34,6 +34,9 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--dtype", default="bfloat16")
     arguments.add_argument("--max-new-tokens", type=int, default=96)
+    arguments.add_argument(
+        "--budget", type=int, help="rows beside the last token's (the measured cost decides)"
+    )
     options = arguments.parse_args()
 
     import shoestring
@@ -43,7 +46,8 @@ def main() -> None:
     trials: Counter[Guess] = Counter()
     for name in SETS:
         for prompt in tuning_prompts(name):
-            drafter = MergedDrafter(model.step_cost(), rates=CountedRates(hits, trials))
+            counted, known = CountedRates(hits, trials), model.successors()
+            drafter = MergedDrafter(model.step_cost(), options.budget, rates=counted, known=known)
             model.generate(chat(prompt), decoding=drafter, max_new_tokens=options.max_new_tokens)
     rates: list[dict[str, Any]] = [
         {

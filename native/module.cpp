@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu_features.hpp"
+#include "drafting_bindings.hpp"
 #include "quantized_bindings.hpp"
 #include "step_bindings.hpp"
 
@@ -14,5 +15,6 @@ NB_MODULE(_native, module) {
   module.def("cpu_features", &shoestring::cpu_features,
              "Vector instruction sets that this processor and its operating system let us use.");
   shoestring::bind_step(module);
+  shoestring::bind_drafting(module);
   shoestring::bind_quantized(module);
 }

@@ -30,7 +30,7 @@ def loaded(
 
     `decoding`: strategies that will be used, so that the machine is timed for them now, under the bar.
     """
-    from shoestring.decoding.settings import as_decoding, needs_step_cost
+    from shoestring.decoding.settings import Auto, as_decoding, needs_step_cost
 
     settings = [as_decoding(name) for name in decoding]  # a wrong name is said before anything is fetched
     with progress() as report:
@@ -49,6 +49,10 @@ def loaded(
         )
         if any(needs_step_cost(setting) for setting in settings):
             language_model.step_cost()
+        if any(
+            isinstance(setting, Auto) and setting.drafts(language_model.step_cost) for setting in settings
+        ):
+            language_model.successors()
     note(language_model.description)
     yield language_model
 

@@ -1,8 +1,9 @@
 """The decoding loop: draft, merge into one packed step, verify, commit, yield."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 from shoestring.decoding.drafters.protocol import Context, Draft, Drafter, StepObservation
 from shoestring.decoding.stopping import Stopping
@@ -200,14 +201,15 @@ def _propose(runner: Runner, sequence: _Sequence, batch: int) -> Draft:
         room = limit - len(sequence.context.tokens)
         if len(draft) > room and any(draft.depth(node) > room for node in range(len(draft))):
             draft = draft.clipped(room)
-    vocabulary = runner.vocab_size
-    for node, token in enumerate(draft.tokens):
-        # A row with an embedding has no token: it could be accepted with another row's keys and values.
-        if token != NO_TOKEN if node in draft.embeddings else not 0 <= token < vocabulary:
-            name = getattr(drafter, "name", type(drafter).__name__)
-            raise RequestError(
-                f"the drafter {name!r} proposed token {token}; the vocabulary has {vocabulary}"
-            )
+    vocabulary, embeddings = runner.vocab_size, draft.embeddings
+    if embeddings or (draft.tokens and not (min(draft.tokens) >= 0 and max(draft.tokens) < vocabulary)):
+        for node, token in enumerate(draft.tokens):
+            # A row with an embedding has no token: it could be accepted with another row's keys and values.
+            if token != NO_TOKEN if node in embeddings else not 0 <= token < vocabulary:
+                name = getattr(drafter, "name", type(drafter).__name__)
+                raise RequestError(
+                    f"the drafter {name!r} proposed token {token}; the vocabulary has {vocabulary}"
+                )
     return draft
 
 
@@ -258,11 +260,7 @@ def _emit(
 def _trace(sequence: _Sequence, path: list[int], root: int) -> dict[str, tuple[int, int]]:
     """Rows drafted and accepted in this step, by source."""
     draft = sequence.draft
-    accepted = {row - root - 1 for row in path[1:]}
-    fallback = [getattr(sequence.request.drafter, "name", "drafter")]
-    counts: dict[str, tuple[int, int]] = {}
-    for node in range(len(draft)):
-        for owner in draft.owners.get(node, fallback):
-            drafted, taken = counts.get(owner, (0, 0))
-            counts[owner] = (drafted + 1, taken + (node in accepted))
-    return counts
+    owners, fallback = draft.owners, [getattr(sequence.request.drafter, "name", "drafter")]
+    drafted = Counter(chain.from_iterable(owners.get(node, fallback) for node in range(len(draft))))
+    taken = Counter(owner for row in path[1:] for owner in owners.get(row - root - 1, fallback))
+    return {owner: (rows, taken[owner]) for owner, rows in drafted.items()}

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from shoestring.decoding.drafters.draft_model import DraftModelDrafter
 from shoestring.decoding.drafters.governed import GovernedDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
@@ -46,6 +48,8 @@ class DraftingEnvironment:
     load_draft_runner: Callable[[str], Runner]
     look_ahead: LookAhead | None = None
     governor: Governor = field(default_factory=Governor)
+    successors: Callable[[], np.ndarray | None] = lambda: None
+    """What the model finds likely after each token alone; None: not known."""
     rates: AcceptanceRates = field(init=False)
 
     def __post_init__(self) -> None:
@@ -218,15 +222,24 @@ class Auto:
         _at_least(self, budget=1)
         _true_or_false(self, "look_ahead")
 
+    def drafts(self, step_cost: Callable[[], StepCost]) -> bool:
+        """Whether any rows can pay, or a budget was given."""
+        return self.budget is not None or step_cost().pays()
+
     def drafter(self, environment: DraftingEnvironment, sampling: SamplingOptions) -> Drafter | None:
         """The merged drafter, or plain decoding where no rows can pay."""
         look_ahead = environment.look_ahead if self.look_ahead else None
-        cost = None if self.budget is not None else environment.step_cost()
-        if cost is not None and not cost.pays():
+        if not self.drafts(environment.step_cost):
             return None
+        cost = None if self.budget is not None else environment.step_cost()
         governor = None if cost is None else environment.governor
         return MergedDrafter(
-            cost, self.budget, rates=environment.rates, look_ahead=look_ahead, governor=governor
+            cost,
+            self.budget,
+            rates=environment.rates,
+            look_ahead=look_ahead,
+            governor=governor,
+            known=environment.successors(),
         )
 
 

@@ -1,5 +1,6 @@
 """What a step costs by its rows, measured on this machine, and how many rows that makes worthwhile."""
 
+import hashlib
 import json
 import math
 import statistics
@@ -9,12 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 
-__all__ = ["ROW_COUNTS", "StepCost", "measure_step_cost", "remembered_step_cost"]
+__all__ = ["ROW_COUNTS", "StepCost", "fingerprint", "measure_step_cost", "remembered_step_cost"]
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _CONTEXT = 192
@@ -60,18 +65,19 @@ class StepCost:
         plain = self.of(1)
         return any((1 + (count - 1) / 2) * plain > self.of(count) for count in self.rows[1:])
 
-    def best_rows(self, chances: Sequence[float], batch: int = 1) -> int:
+    def best_rows(self, chances: Sequence[float] | np.ndarray, batch: int = 1) -> int:
         """How many drafted rows, taken in order, give the most expected tokens per second.
 
         `chances[i]` is the chance that row i is accepted; each of `batch` sequences drafts alike.
         """
-        best, best_speed, expected = 0, 1 / self.of(batch), 1.0
-        for index, chance in enumerate(chances):
-            expected += chance
-            speed = expected / self.of(batch * (index + 2))
-            if speed > best_speed:
-                best, best_speed = index + 1, speed
-        return best
+        expected = np.cumsum([1.0, *chances])
+        # The first of the best: a row that gains nothing is left out.
+        return int(np.argmax(expected / self._of_each(batch * np.arange(1, len(expected) + 1))))
+
+    def _of_each(self, rows: np.ndarray) -> np.ndarray:
+        """`of` for many row counts at once."""
+        seconds = np.interp(rows, self.rows, self._monotone)
+        return np.where(rows >= self.rows[-1], self._monotone[-1] * rows / self.rows[-1], seconds)
 
 
 def measure_step_cost(
@@ -109,6 +115,25 @@ def measure_step_cost(
     finally:
         runner.release(_TUNING_SLOT)
     return StepCost(tuple(rows), tuple(seconds))
+
+
+def fingerprint(runner: Runner, config: dict[str, Any], dtype: str, device: torch.device) -> str:
+    """What a measurement of a model holds for: the model's shape, how its weights are stored, and this machine."""
+    from shoestring import __version__
+
+    config = {name: value for name, value in config.items() if name != "_name_or_path"}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
+    facts = [
+        config,
+        dtype,
+        str(device),
+        runner.weights,
+        runner.description,
+        hardware,
+        torch.__version__,
+        __version__,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def remembered_step_cost(

@@ -53,9 +53,10 @@ class TokenTree:
             if not 0 <= parent < row:
                 raise RequestError(f"row {row} names parent {parent}: a parent is an earlier row")
             depths[row] = depths[parent] + 1
-        for row, token in enumerate(tokens):
-            if token < 0 and not (self.embeddings and row in self.embeddings):
-                raise RequestError(f"row {row} has token {token} and no embedding")
+        if min(tokens) < 0:
+            for row, token in enumerate(tokens):
+                if token < 0 and not (self.embeddings and row in self.embeddings):
+                    raise RequestError(f"row {row} has token {token} and no embedding")
         object.__setattr__(self, "depths", depths)
 
     @classmethod

@@ -1,12 +1,11 @@
 """`generate`, `stream` and `score` with a model, whatever strategy decodes and whatever body runs it."""
 
 import functools
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, overload
 
+import numpy as np
 import torch
 
 from shoestring import hub
@@ -15,7 +14,8 @@ from shoestring.decoding.drafters.protocol import Drafter
 from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
-from shoestring.decoding.tune import StepCost, remembered_step_cost
+from shoestring.decoding.successors import remembered_successors
+from shoestring.decoding.tune import StepCost, fingerprint, remembered_step_cost
 from shoestring.engine.hf_runner import HFRunner
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
@@ -70,6 +70,7 @@ class LanguageModel:
         self.look_ahead = look_ahead and look_ahead.placed(self.device, self.dtype)
         self._slots, self._progress = slots, progress
         self._step_cost: StepCost | None = None
+        self._successors: np.ndarray | None = None
         self._draft_runners: dict[str, Runner] = {}
         self._governor = Governor()
 
@@ -269,6 +270,16 @@ class LanguageModel:
             self._step_cost = remembered_step_cost(self.runner, path, report)
         return self._step_cost
 
+    def successors(self) -> np.ndarray | None:
+        """What the model finds likely after each token alone: measured once per model and machine, then remembered."""
+        if self._successors is None:
+            path = hub.cache_root() / "successors" / f"{self._fingerprint()}.npy"
+            report = functools.partial(self._progress, "measure") if self._progress else None
+            ids = [getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
+            first = next((token for token in ids if token is not None), 0)
+            self._successors = remembered_successors(self.runner, first, path, report)
+        return self._successors
+
     def forget(self) -> None:
         """Drop what is kept of ended texts; the next prompt that begins like one of them runs in full."""
         self.runner.clear()
@@ -302,7 +313,9 @@ class LanguageModel:
             self.runner,
             self.tokenizer,
             [self.encode(prompt) for prompt in prompts],
-            DraftingEnvironment(self.step_cost, self.draft_runner, self.look_ahead, governor=self._governor),
+            DraftingEnvironment(
+                self.step_cost, self.draft_runner, self.look_ahead, self._governor, self.successors
+            ),
             eos_ids=self.eos_ids,
             slots=self._slots,
             **options,
@@ -327,20 +340,4 @@ class LanguageModel:
         return self._draft_runners[name]
 
     def _fingerprint(self) -> str:
-        from shoestring import __version__
-
-        config = self.config.to_dict()
-        config.pop("_name_or_path", None)
-        device = self.device
-        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
-        facts = [
-            config,
-            str(self.dtype),
-            str(device),
-            self.runner.weights,
-            self.runner.description,
-            hardware,
-            torch.__version__,
-            __version__,
-        ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+        return fingerprint(self.runner, self.config.to_dict(), str(self.dtype), self.device)

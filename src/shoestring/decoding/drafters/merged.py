@@ -1,20 +1,19 @@
 """The merged drafter behind `auto`: suffix matches, recycled successors and PaSS grow one trie, best first.
 
-Every source guesses the next token of every node; how often each kind of guess (source, match length, rank) came true
-is counted while decoding. A node's chance is the product of the rates along its path, and the trie takes nodes in
-order of chance for as long as they raise expected tokens per second under the measured cost of a step's rows.
-Look-ahead rows (PaSS) join where the path is likely to end, for what they alone are expected to foresee.
+`guesses.py` guesses the next token of every node and grows the trie in order of chance; here it is cut where expected
+tokens per second under the measured cost of a step's rows are highest. Look-ahead rows (PaSS) join where the path is
+likely to end, for what they alone are expected to foresee.
 """
 
-import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from shoestring.decoding.drafters.ngram import SuffixIndex
+import numpy as np
+
+from shoestring.decoding.drafters.guesses import make_guesses
 from shoestring.decoding.drafters.pass_tokens import LookAheadRows
 from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
-from shoestring.decoding.drafters.rates import AcceptanceRates, Guess
-from shoestring.decoding.drafters.recycle import SuccessorTable
+from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates
 from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.tune import StepCost
@@ -24,7 +23,10 @@ __all__ = ["MergedDrafter"]
 
 _LONGEST = 6  # tokens of a suffix that is looked for
 _CANDIDATES = 3  # tokens taken from each look-ahead row
+_MOST_POSITIONS = 30  # of look-ahead rows whose predictions are counted
+_LEAST_CHANCE = 0.01  # of a row where rows cost something
 _LEAST_VALUE = 0.002  # tokens that a look-ahead row must be expected to gain
+_OWNERS = [[source] for source in SOURCES]
 
 
 class MergedDrafter:
@@ -37,6 +39,7 @@ class MergedDrafter:
         rates: acceptance rates to start from (shared by the sequences of a request, so that all learn).
         look_ahead: embeddings for PaSS, or None to do without it.
         governor: rests the drafter where the clock says that drafts lose (shared likewise); None: it never rests.
+        known: what the model finds likely after each token alone, int32 [tokens, width] (`token_successors`).
     """
 
     name = "auto"
@@ -49,6 +52,7 @@ class MergedDrafter:
         rates: AcceptanceRates | None = None,
         look_ahead: LookAhead | None = None,
         governor: Governor | None = None,
+        known: np.ndarray | None = None,
     ) -> None:
         if cost is None and budget is None:
             raise RequestError("the merged drafter needs a budget or the measured cost of a step")
@@ -56,16 +60,15 @@ class MergedDrafter:
         self._rates = rates or AcceptanceRates(look_ahead.priors if look_ahead else None)
         self._ahead = LookAheadRows(look_ahead, min(_CANDIDATES, top_k)) if look_ahead else None
         self._governor = governor
-        self._index = SuffixIndex(_LONGEST)
-        self._table = SuccessorTable()
-        self._tokens: list[int] = []
+        self._guesses = make_guesses(self._rates, _LONGEST)
+        if known is not None:
+            self._guesses.set_known(known)
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Forget the last sequence (rates are the model's, and stay)."""
         if self._governor is not None:
             self._governor.begins()
-        self._index = SuffixIndex(_LONGEST)
-        self._table = SuccessorTable()
+        self._guesses.forget()
         if self._ahead is not None:
             self._ahead.forget()
 
@@ -73,8 +76,8 @@ class MergedDrafter:
         """Grow the trie node by node in order of chance, then cut it where expected tokens/s is highest."""
         if self._governor is not None and not self._governor.drafts():
             return Draft()
-        self._tokens = context.tokens
-        self._index.extend(context.tokens)
+        guesses = self._guesses
+        guesses.extend(context.tokens[len(guesses) :])
         # A budget of the user's is obeyed; the measured cost only reaches as far as it was measured.
         cost = self._cost if self._budget is None else None
         if cost is not None and self._governor is not None:
@@ -82,36 +85,18 @@ class MergedDrafter:
         most = min(budget, self._budget or budget)
         if cost is not None:
             most = min(most, cost.most_rows // context.batch - 1)
-        draft = Draft(top_k=self._top_k)
-        tail = tuple(context.tokens[-_LONGEST:])
-        heap: list[tuple[float, int, int, int, str, tuple[int, ...]]] = []
-        depths = {ROOT: 0}
-        order = 0
-
-        def offer(node: int, chance: float, tail: tuple[int, ...]) -> None:
-            nonlocal order
-            for token, (guess, rate) in self._guesses(tail, depths[node]).items():
-                order += 1
-                heapq.heappush(
-                    heap, (-chance * rate, order, node, token, guess[0], (*tail[1 - _LONGEST :], token))
-                )
-
-        if most > 0:
-            offer(ROOT, 1.0, tail)
-        chances: list[float] = []
-        while heap and len(draft) < most:
-            negative, _, parent, token, source, tail = heapq.heappop(heap)
-            node = draft.add(token, parent)
-            draft.owners[node] = [source]
-            depths[node] = depths[parent] + 1
-            chances.append(-negative)
-            if cost is not None and -negative < 0.01:
-                break
-            offer(node, -negative, tail)
+        least = 0.0 if cost is None else _LEAST_CHANCE
+        tokens, parents, sources, chances = guesses.grow(most, least, self._predictions)
         rows = len(chances) if cost is None else cost.best_rows(chances, context.batch)
+        draft = Draft(tokens, parents, top_k=self._top_k)
+        draft.owners = {node: _OWNERS[source] for node, source in enumerate(sources)}
         if self._ahead is None:
             return _first_nodes(draft, rows)
         return self._with_look_ahead(draft, chances[:rows], max(most, 0), cost, context.batch)
+
+    @property
+    def _predictions(self) -> list[list[int]]:
+        return [] if self._ahead is None else self._ahead.predictions[:_MOST_POSITIONS]
 
     def _with_look_ahead(
         self, draft: Draft, chances: list[float], most: int, cost: StepCost | None, batch: int
@@ -123,29 +108,28 @@ class MergedDrafter:
         """
         rows = self._ahead
         assert rows is not None, "asked for only with look-ahead embeddings"
-        ends = [1.0, *chances]
-        for node, chance in enumerate(chances):
-            ends[draft.parents[node] + 1] -= chance
+        drafted = len(chances)
+        ends = np.array([1.0, *chances])  # by row: the last token's, then the nodes'
+        np.subtract.at(ends, np.array(draft.parents[:drafted], np.intp) + 1, chances)
         foreseen, gains = 1.0, []
         for position in range(1, len(rows) + 1):
             foreseen = min(foreseen, self._rates.rate(("only pass", position, 0)))
             gains.append(foreseen)
-        values = [(chance, 0, node, True) for node, chance in enumerate(chances)]
-        values += [
-            (end * gain, -place, node - 1, False)
-            for node, end in enumerate(ends)
-            if end * gains[0] > _LEAST_VALUE
-            for place, gain in enumerate(gains)
-        ]
+        worthwhile = np.flatnonzero(ends * gains[0] > _LEAST_VALUE)
+        values = np.concatenate([chances, np.outer(ends[worthwhile], gains).ravel()])
+        # Of equals a drafted row goes first, then the look-ahead row nearer to the token above it.
+        places = np.concatenate([np.full(drafted, -1), np.tile(np.arange(len(gains)), len(worthwhile))])
+        nodes = np.concatenate([np.arange(drafted), np.repeat(worthwhile - 1, len(gains))])
         # A drafted row's chance is at most its parent's, and a look-ahead row's value that of the one above it.
-        values.sort(key=lambda value: (-value[0], not value[3], -value[1]))
-        count = most if cost is None else cost.best_rows([value[0] for value in values[:most]], batch)
-        chosen = values[:count]
-        kept = _first_nodes(draft, sum(drafted for *_, drafted in chosen))
+        order = np.lexsort((places, -values))[:most]
+        count = most if cost is None else cost.best_rows(values[order], batch)
+        chosen = order[:count]
+        kept = _first_nodes(draft, int((chosen < drafted).sum()))
+        lengths = Counter(nodes[chosen[chosen >= drafted]].tolist())
         rows.begin(kept)
-        lengths = Counter(node for _, _, node, drafted in chosen if not drafted and node < len(kept))
         for node, length in lengths.items():
-            rows.add(node, length)
+            if node < len(kept):
+                rows.add(node, length)
         return kept
 
     def observe(self, step: StepObservation) -> None:
@@ -157,58 +141,25 @@ class MergedDrafter:
             if self._ahead is not None:
                 self._ahead.forget()
             return
-        start = len(tokens) - len(step.emitted)
-        for offset, token in enumerate(step.emitted):
-            tail = tuple(tokens[max(0, start + offset - _LONGEST) : start + offset])
-            guesses = list(self._all_guesses(tail, offset))
-            for guessed, guess in guesses:
-                self._rates.observe(guess, guessed == token)
-            owners = {guess[0] for guessed, guess in guesses if guessed == token}
-            if self._ahead is not None and offset < len(self._ahead.predictions):
-                self._rates.observe(("only pass", offset + 1, 0), owners == {"pass"})
+        self._guesses.judge(list(step.emitted), self._predictions)
         if self._ahead is not None:
-            for position in range(len(step.emitted), len(self._ahead.predictions)):
-                self._rates.observe(("only pass", position + 1, 0), False)
             self._ahead.read(step)
-        before = tokens[start - 2] if start > 1 else -1
-        last = tokens[start - 1]
-        for node in range(ROOT, len(draft)):
-            if not step.has(node) or node in draft.embeddings:
-                continue
-            if node == ROOT:
-                self._table.update(before, last, step.top_k(node))
-            else:
-                parent = draft.parents[node]
-                behind = last if parent == ROOT else draft.tokens[parent]
-                self._table.update(behind, draft.tokens[node], step.top_k(node))
-
-    def _guesses(self, tail: tuple[int, ...], depth: int) -> dict[int, tuple[Guess, float]]:
-        """Each guessed next token with its most promising guess."""
-        best: dict[int, tuple[Guess, float]] = {}
-        for token, guess in self._all_guesses(tail, depth):
-            rate = self._rates.rate(guess)
-            if token not in best or rate > best[token][1]:
-                best[token] = (guess, rate)
-        return best
-
-    def _all_guesses(self, tail: tuple[int, ...], depth: int) -> Iterator[tuple[int, Guess]]:
-        """Guesses at what follows `tail`, which ends `depth` tokens behind the step's first row."""
-        for length in range(len(tail), 0, -1):
-            found: list[int] = []
-            for position in self._index.positions(tail[-length:]):
-                token = self._tokens[position]
-                if token not in found:
-                    yield token, ("ngram", length, len(found))
-                    found.append(token)
-            if found:
-                break
-        successors = self._table.after_pair(tail[-2], tail[-1]) if len(tail) > 1 else ()
-        length = 2 if successors else 1
-        for rank, token in enumerate(successors or self._table.after(tail[-1])):
-            yield token, ("recycle", length, rank)
-        if self._ahead is not None and depth < len(self._ahead.predictions):
-            for rank, token in enumerate(self._ahead.predictions[depth]):
-                yield token, ("pass", depth + 1, rank)
+        start = len(tokens) - len(step.emitted)
+        # What the accepted path shows holds longest, then what the likeliest rows do.
+        path = {ROOT, *step.accepted}
+        nodes = [
+            node
+            for node in range(len(draft) - 1, ROOT, -1)
+            if node not in path and node not in draft.embeddings and step.has(node)
+        ]
+        nodes += [ROOT, *step.accepted]
+        # By node, ROOT (-1) at the end: its token, and the one before it.
+        drafted = [*draft.tokens, tokens[start - 1]]
+        before = [drafted[parent] for parent in draft.parents]
+        before.append(tokens[start - 2] if start > 1 else -1)
+        self._guesses.remember(
+            [before[node] for node in nodes], [drafted[node] for node in nodes], step.top_k_of(nodes)
+        )
 
 
 def _first_nodes(draft: Draft, count: int) -> Draft:

@@ -146,6 +146,11 @@ class StepObservation:
         """The likeliest tokens after a node, as many as the draft asked for."""
         return self.results.top_k(self.first_row + node)
 
+    def top_k_of(self, nodes: Sequence[int]) -> list[list[int]]:
+        """`top_k` of several nodes."""
+        top_k, first = self.results.top_k, self.first_row
+        return [top_k(first + node) for node in nodes]
+
     def candidates(self, nodes: Sequence[int], count: int) -> list[list[int]]:
         """Per node, tokens likely to follow it, best first, no more than the draft's `top_k`: for drafts."""
         return self.results.candidates([self.first_row + node for node in nodes], count)

@@ -1,0 +1,253 @@
+#include "drafting.hpp"
+
+#include <algorithm>
+#include <queue>
+#include <stdexcept>
+
+namespace shoestring {
+namespace {
+
+uint64_t gram_key(const int32_t* tokens, int length) {
+  uint64_t key = 0xcbf29ce484222325ULL;
+  for (int i = 0; i < length; ++i) {
+    key ^= static_cast<uint32_t>(tokens[i]);
+    key *= 0x9e3779b97f4a7c15ULL;
+    key ^= key >> 29;
+  }
+  return key;
+}
+
+uint64_t pair_key(int32_t before, int32_t token) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(before)) << 32 | static_cast<uint32_t>(token);
+}
+
+struct Offer {
+  double chance;
+  size_t order;
+  int32_t parent, token;
+  int source;
+  // The heap's top is the likeliest offer, of equals the earliest.
+  bool operator<(const Offer& other) const {
+    return chance != other.chance ? chance < other.chance : order > other.order;
+  }
+};
+
+}  // namespace
+
+AcceptanceRates::AcceptanceRates(std::vector<std::vector<double>> first, double prior_weight, double memory)
+    : prior_weight_(prior_weight), memory_(memory), cells_(kSources * kMostLength * kMostRank) {
+  if (first.size() != kSources) throw std::invalid_argument("priors of four sources are needed");
+  for (int source = 0; source < kSources; ++source) {
+    const std::vector<double>& priors = first[source];
+    if (priors.empty()) throw std::invalid_argument("a source has no prior");
+    for (int length = 0; length < kMostLength; ++length) {
+      const double prior = priors[std::min(static_cast<size_t>(length), priors.size() - 1)];
+      for (int rank = 0; rank < kMostRank; ++rank) set_prior({source, length, rank}, prior * (rank ? 0.4 / rank : 1.0));
+    }
+  }
+}
+
+size_t AcceptanceRates::at(Guess guess) {
+  const bool known = guess.source >= 0 && guess.source < kSources && guess.length >= 0 && guess.length < kMostLength &&
+                     guess.rank >= 0 && guess.rank < kMostRank;
+  if (!known) throw std::out_of_range("no such kind of guess");
+  return (static_cast<size_t>(guess.source) * kMostLength + guess.length) * kMostRank + guess.rank;
+}
+
+void AcceptanceRates::set_prior(Guess guess, double rate) {
+  Cell& cell = cells_[at(guess)];
+  cell.prior = rate;
+  cell.rate = (cell.hits + prior_weight_ * rate) / (cell.trials + prior_weight_);
+}
+
+void AcceptanceRates::observe(Guess guess, bool hit) {
+  Cell& cell = cells_[at(guess)];
+  if (cell.trials >= memory_) {
+    const double keep = 1 - 1 / memory_;
+    cell.hits *= keep;
+    cell.trials *= keep;
+  }
+  cell.hits += hit ? 1 : 0;
+  cell.trials += 1;
+  cell.rate = (cell.hits + prior_weight_ * cell.prior) / (cell.trials + prior_weight_);
+}
+
+size_t Guesses::Hasher::operator()(uint64_t key) const {
+  key ^= key >> 32;
+  key *= 0xd6e8feb86659fd93ULL;
+  return static_cast<size_t>(key ^ (key >> 32));
+}
+
+void Guesses::Tail::push(int32_t token, int longest) {
+  if (length == longest) {
+    std::copy(tokens.begin() + 1, tokens.begin() + length, tokens.begin());
+    --length;
+  }
+  tokens[length++] = token;
+}
+
+Guesses::Guesses(AcceptanceRates& rates, int longest, size_t pairs)
+    : rates_(rates), longest_(longest), pairs_(pairs), ends_(longest + 1) {
+  if (longest < 2 || longest > kMostTail) throw std::invalid_argument("suffixes of 2 to 16 tokens can be looked for");
+}
+
+void Guesses::set_known(const int32_t* successors, size_t tokens, size_t width) {
+  known_ = successors;
+  known_tokens_ = tokens;
+  known_width_ = std::min<size_t>(width, kMostRank);
+}
+
+void Guesses::forget() {
+  tokens_.clear();
+  for (auto& ends : ends_) ends.clear();
+  after_pair_.clear();
+  after_.clear();
+  updates_.clear();
+}
+
+void Guesses::extend(const int32_t* tokens, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    // What ended before this token is followed by it.
+    const int end = static_cast<int>(tokens_.size());
+    for (int length = 1; length <= std::min(longest_, end); ++length) {
+      Ends& ends = ends_[length][gram_key(tokens_.data() + end - length, length)];
+      ends.at[ends.added++ % kMostEnds] = end;
+    }
+    tokens_.push_back(tokens[i]);
+  }
+}
+
+Guesses::Tail Guesses::tail() const {
+  Tail tail{};
+  tail.length = static_cast<int>(std::min<size_t>(longest_, tokens_.size()));
+  std::copy(tokens_.end() - tail.length, tokens_.end(), tail.tokens.begin());
+  return tail;
+}
+
+void Guesses::find(const Tail& tail, size_t depth, const Predictions& predictions, std::vector<Found>& found) const {
+  found.clear();
+  const auto known = [&found](size_t from, int32_t token) {
+    return std::any_of(found.begin() + from, found.end(), [token](const Found& other) { return other.token == token; });
+  };
+  for (int length = tail.length; length > 0 && found.empty(); --length) {
+    const int32_t* gram = tail.tokens.data() + tail.length - length;
+    const auto entry = ends_[length].find(gram_key(gram, length));
+    if (entry == ends_[length].end()) continue;
+    const Ends& ends = entry->second;
+    const int64_t oldest = std::max<int64_t>(0, ends.added - kMostEnds);
+    for (int64_t i = ends.added - 1; i >= oldest; --i) {
+      const int32_t end = ends.at[i % kMostEnds];
+      // Keys are hashes: the text itself says whether it matches.
+      if (!std::equal(gram, gram + length, tokens_.begin() + end - length) || known(0, tokens_[end])) continue;
+      found.push_back({tokens_[end], {kNgram, length, static_cast<int>(found.size())}});
+    }
+  }
+  const size_t first = found.size();
+  const int32_t last = tail.tokens[tail.length - 1];
+  int deepest = 0;  // the lists found so far: what a longer context gave goes first, and makes the others less likely
+  const auto recycle = [&](const int32_t* tokens, size_t count, int length) {
+    const int kind = deepest ? length + 3 : length;
+    for (size_t rank = 0; rank < std::min<size_t>(count, kMostRank); ++rank) {
+      if (!deepest || !known(first, tokens[rank])) found.push_back({tokens[rank], {kRecycle, kind, static_cast<int>(rank)}});
+    }
+    deepest += count > 0;
+  };
+  if (tail.length > 1) {
+    const auto pair = after_pair_.find(pair_key(tail.tokens[tail.length - 2], last));
+    if (pair != after_pair_.end()) recycle(pair->second.tokens.data(), pair->second.tokens.size(), 2);
+  }
+  const auto single = after_.find(last);
+  if (single != after_.end()) recycle(single->second.data(), single->second.size(), 1);
+  if (last >= 0 && static_cast<size_t>(last) < known_tokens_) recycle(known_ + last * known_width_, known_width_, 0);
+  if (depth < predictions.size()) {
+    int rank = 0;
+    for (const int32_t token : predictions[depth]) found.push_back({token, {kPass, static_cast<int>(depth) + 1, rank++}});
+  }
+}
+
+void Guesses::weigh(const std::vector<Found>& found, std::vector<Candidate>& candidates) const {
+  candidates.clear();
+  for (const Found& one : found) {
+    const double rate = rates_.rate(one.guess);
+    const auto same = std::find_if(candidates.begin(), candidates.end(),
+                                   [&one](const Candidate& other) { return other.token == one.token; });
+    if (same == candidates.end()) candidates.push_back({one.token, rate, one.guess.source});
+    else if (rate > same->chance) *same = {one.token, rate, one.guess.source};
+  }
+  // Only one of them can be right: rates that add up to more than certainty contradict each other.
+  double sum = 0;
+  for (const Candidate& one : candidates) sum += one.chance;
+  if (sum <= 1) return;
+  for (Candidate& one : candidates) one.chance /= sum;
+}
+
+Grown Guesses::grow(size_t most, double least, const Predictions& predictions) const {
+  Grown grown;
+  if (tokens_.empty() || most == 0) return grown;
+  std::priority_queue<Offer> heap;
+  std::vector<Tail> tails;  // of each node
+  std::vector<size_t> depths;
+  std::vector<Found> found;
+  std::vector<Candidate> candidates;
+  size_t order = 0;
+  const auto offer = [&](int32_t node, double chance, const Tail& tail, size_t depth) {
+    find(tail, depth, predictions, found);
+    weigh(found, candidates);
+    for (const Candidate& one : candidates) heap.push({chance * one.chance, order++, node, one.token, one.source});
+  };
+  const Tail root = tail();
+  offer(-1, 1.0, root, 0);
+  while (!heap.empty() && grown.tokens.size() < most) {
+    const Offer next = heap.top();
+    heap.pop();
+    const auto node = static_cast<int32_t>(grown.tokens.size());
+    Tail below = next.parent < 0 ? root : tails[next.parent];
+    below.push(next.token, longest_);
+    grown.tokens.push_back(next.token);
+    grown.parents.push_back(next.parent);
+    grown.sources.push_back(next.source);
+    grown.chances.push_back(next.chance);
+    tails.push_back(below);
+    depths.push_back(next.parent < 0 ? 1 : depths[next.parent] + 1);
+    if (next.chance < least) break;
+    offer(node, next.chance, below, depths.back());
+  }
+  return grown;
+}
+
+void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& predictions) {
+  if (tokens_.empty()) return;
+  Tail above = tail();
+  std::vector<Found> found;
+  for (size_t depth = 0; depth < emitted.size(); ++depth) {
+    find(above, depth, predictions, found);
+    bool passed = false, others = false;
+    for (const Found& one : found) {
+      const bool hit = one.token == emitted[depth];
+      rates_.observe(one.guess, hit);
+      (one.guess.source == kPass ? passed : others) |= hit;
+    }
+    if (depth < predictions.size()) rates_.observe({kPass + 1, static_cast<int>(depth) + 1, 0}, passed && !others);
+    above.push(emitted[depth], longest_);
+  }
+  for (size_t depth = emitted.size(); depth < predictions.size(); ++depth) {
+    rates_.observe({kPass + 1, static_cast<int>(depth) + 1, 0}, false);
+  }
+}
+
+void Guesses::remember(int32_t before, int32_t token, const std::vector<int32_t>& successors) {
+  after_[token] = successors;
+  const uint64_t pair = pair_key(before, token);
+  after_pair_[pair] = {successors, ++clock_};
+  updates_.emplace_back(pair, clock_);
+  while (!updates_.empty()) {
+    const auto [oldest, when] = updates_.front();
+    const auto entry = after_pair_.find(oldest);
+    const bool current = entry->second.updated == when;
+    if (current && after_pair_.size() <= pairs_) break;
+    if (current) after_pair_.erase(entry);
+    updates_.pop_front();
+  }
+}
+
+}  // namespace shoestring

@@ -1,0 +1,109 @@
+// The merged drafter's hot part: suffix index, successor tables, acceptance rates, and the trie grown best-first.
+// Its plain twin is src/shoestring/decoding/drafters/guesses.py: both give the same drafts.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace shoestring {
+
+constexpr int kNgram = 0, kRecycle = 1, kPass = 2, kSources = 4;  // the fourth: a token that PaSS alone foresaw
+constexpr int kMostLength = 32, kMostRank = 32, kMostTail = 16;
+
+// A kind of guess: source, length of the context that it matched (PaSS: position), rank among that source's guesses.
+struct Guess {
+  int source, length, rank;
+};
+
+// How often each kind of guess came true, with a prior and slow forgetting.
+class AcceptanceRates {
+ public:
+  // `first[source][length]`: the prior of rank 0, the last one for all greater lengths too.
+  AcceptanceRates(std::vector<std::vector<double>> first, double prior_weight, double memory);
+  void set_prior(Guess guess, double rate);
+  double rate(Guess guess) const { return cells_[at(guess)].rate; }
+  void observe(Guess guess, bool hit);
+
+ private:
+  struct Cell {
+    double prior, hits, trials, rate;
+  };
+  static size_t at(Guess guess);
+
+  double prior_weight_, memory_;
+  std::vector<Cell> cells_;  // [source, length, rank]
+};
+
+struct Candidate {
+  int32_t token;
+  double chance;
+  int source;
+};
+
+// The nodes of a trie in the order in which they were taken: by falling chance, parents first.
+struct Grown {
+  std::vector<int32_t> tokens, parents;
+  std::vector<int> sources;
+  std::vector<double> chances;
+};
+
+using Predictions = std::vector<std::vector<int32_t>>;
+
+class Guesses {
+ public:
+  Guesses(AcceptanceRates& rates, int longest, size_t pairs);
+  // Successors of each token known beforehand, [tokens, width], which the caller keeps alive.
+  void set_known(const int32_t* successors, size_t tokens, size_t width);
+  void forget();
+  void extend(const int32_t* tokens, size_t count);
+  size_t length() const { return tokens_.size(); }
+  Grown grow(size_t most, double least, const Predictions& predictions) const;
+  void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
+  void remember(int32_t before, int32_t token, const std::vector<int32_t>& successors);
+
+ private:
+  static constexpr int kMostEnds = 8;
+  struct Ends {
+    std::array<int32_t, kMostEnds> at;
+    int64_t added = 0;  // the newest is at[(added - 1) % kMostEnds]
+  };
+  struct Successors {
+    std::vector<int32_t> tokens;
+    uint64_t updated;
+  };
+  struct Hasher {
+    size_t operator()(uint64_t key) const;
+  };
+  struct Found {
+    int32_t token;
+    Guess guess;
+  };
+  struct Tail {
+    std::array<int32_t, kMostTail> tokens;
+    int length;
+    void push(int32_t token, int longest);
+  };
+
+  Tail tail() const;
+  void find(const Tail& tail, size_t depth, const Predictions& predictions, std::vector<Found>& found) const;
+  void weigh(const std::vector<Found>& found, std::vector<Candidate>& candidates) const;
+
+  AcceptanceRates& rates_;
+  int longest_;
+  size_t pairs_;
+  std::vector<int32_t> tokens_;
+  std::vector<std::unordered_map<uint64_t, Ends, Hasher>> ends_;  // by the n-gram's length
+  std::unordered_map<uint64_t, Successors, Hasher> after_pair_;
+  std::unordered_map<int32_t, std::vector<int32_t>> after_;
+  std::deque<std::pair<uint64_t, uint64_t>> updates_;  // (pair, when), the oldest first
+  uint64_t clock_ = 0;
+  const int32_t* known_ = nullptr;
+  size_t known_tokens_ = 0, known_width_ = 0;
+};
+
+}  // namespace shoestring

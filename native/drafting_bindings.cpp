@@ -1,0 +1,84 @@
+#include "drafting_bindings.hpp"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "drafting.hpp"
+
+namespace nb = nanobind;
+
+namespace shoestring {
+namespace {
+
+using Known = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+struct Rates {
+  std::shared_ptr<AcceptanceRates> shared;
+};
+
+// Keeps the rates and the known successors alive with the guesses that read them.
+struct HeldGuesses {
+  std::shared_ptr<AcceptanceRates> rates;
+  Known known;
+  Guesses guesses;
+
+  HeldGuesses(std::shared_ptr<AcceptanceRates> held, int longest, size_t pairs)
+      : rates(std::move(held)), guesses(*rates, longest, pairs) {}
+};
+
+}  // namespace
+
+void bind_drafting(nb::module_& module) {
+  nb::class_<Rates>(module, "AcceptanceRates")
+      .def(
+          "__init__",
+          [](Rates* self, const std::vector<std::vector<double>>& first, double prior_weight, double memory) {
+            new (self) Rates{std::make_shared<AcceptanceRates>(first, prior_weight, memory)};
+          },
+          nb::arg("first"), nb::arg("prior_weight"), nb::arg("memory"))
+      .def("set_prior", [](Rates& self, int source, int length, int rank,
+                           double rate) { self.shared->set_prior({source, length, rank}, rate); })
+      .def("rate",
+           [](const Rates& self, int source, int length, int rank) { return self.shared->rate({source, length, rank}); })
+      .def("observe", [](Rates& self, int source, int length, int rank, bool hit) {
+        self.shared->observe({source, length, rank}, hit);
+      });
+
+  nb::class_<HeldGuesses>(module, "Guesses")
+      .def(
+          "__init__",
+          [](HeldGuesses* self, const Rates& rates, int longest, size_t pairs) {
+            new (self) HeldGuesses(rates.shared, longest, pairs);
+          },
+          nb::arg("rates"), nb::arg("longest"), nb::arg("pairs"))
+      .def("set_known",
+           [](HeldGuesses& self, const Known& known) {
+             self.known = known;
+             self.guesses.set_known(known.data(), known.shape(0), known.shape(1));
+           })
+      .def("forget", [](HeldGuesses& self) { self.guesses.forget(); })
+      .def("extend",
+           [](HeldGuesses& self, const std::vector<int32_t>& tokens) { self.guesses.extend(tokens.data(), tokens.size()); })
+      .def("__len__", [](const HeldGuesses& self) { return self.guesses.length(); })
+      .def("grow",
+           [](const HeldGuesses& self, int64_t most, double least, const Predictions& predictions) {
+             Grown grown = self.guesses.grow(most > 0 ? static_cast<size_t>(most) : 0, least, predictions);
+             return nb::make_tuple(grown.tokens, grown.parents, grown.sources, grown.chances);
+           })
+      .def("judge", [](HeldGuesses& self, const std::vector<int32_t>& emitted,
+                       const Predictions& predictions) { self.guesses.judge(emitted, predictions); })
+      .def("remember",
+           [](HeldGuesses& self, const std::vector<int32_t>& before, const std::vector<int32_t>& tokens,
+              const std::vector<std::vector<int32_t>>& successors) {
+             if (before.size() != tokens.size() || tokens.size() != successors.size()) {
+               throw std::invalid_argument("a token before, a token and successors are needed for each row");
+             }
+             for (size_t row = 0; row < tokens.size(); ++row) self.guesses.remember(before[row], tokens[row], successors[row]);
+           });
+}
+
+}  // namespace shoestring

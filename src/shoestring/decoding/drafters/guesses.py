@@ -1,0 +1,193 @@
+"""Guesses at the next token, and the trie they grow best-first: the plain twin of `native/drafting.cpp`.
+
+Every source guesses the next token of every node; how often each kind of guess (source, match length, rank) came true
+is counted while decoding. A node's chance is the product of its tokens' chances along the path.
+"""
+
+import functools
+import heapq
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from shoestring.decoding.drafters.ngram import SuffixIndex
+from shoestring.decoding.drafters.protocol import ROOT
+from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Guess, native_part
+from shoestring.decoding.drafters.recycle import SuccessorTable
+
+__all__ = ["Guesses", "PlainGuesses", "make_guesses"]
+
+_MOST_RANK = 32  # of a source's guesses
+_PAIRS = 200_000
+
+Predictions = Sequence[Sequence[int]]
+"""Per position after the last token, tokens that may stand there, best first (PaSS)."""
+Grown = tuple[list[int], list[int], list[int], list[float]]
+"""Nodes in the order in which they were taken: tokens, parents, sources (an index of `SOURCES`), chances."""
+
+
+class Guesses(Protocol):
+    """What is known of one sequence, and the trie that it suggests."""
+
+    def set_known(self, known: np.ndarray) -> None:
+        """Successors of each token known beforehand, int32 [tokens, width], best first."""
+
+    def forget(self) -> None:
+        """Begin another sequence."""
+
+    def extend(self, tokens: list[int]) -> None:
+        """The sequence goes on with these tokens."""
+
+    def __len__(self) -> int: ...
+
+    def grow(self, most: int, least: float, predictions: Predictions) -> Grown:
+        """At most `most` nodes by falling chance; the first one below `least` is the last one."""
+
+    def judge(self, emitted: list[int], predictions: Predictions) -> None:
+        """Count which guesses at the tokens that follow the sequence came true."""
+
+    def remember(self, before: list[int], tokens: list[int], successors: list[list[int]]) -> None:
+        """Row by row, what the model found likely after a token behind another one; later rows replace earlier ones."""
+
+
+def make_guesses(rates: AcceptanceRates, longest: int) -> Guesses:
+    """The native guesses where the rates are native, else the plain ones."""
+    if rates.native is None:
+        return PlainGuesses(rates, longest)
+    guesses: Any = native_part().Guesses(rates.native, longest, _PAIRS)
+    return guesses
+
+
+class PlainGuesses:
+    """Suffix matches, recycled successors and PaSS's predictions of one sequence.
+
+    Args:
+        rates: acceptance rates, which other sequences may share.
+        longest: tokens of a suffix that is looked for.
+    """
+
+    def __init__(self, rates: AcceptanceRates, longest: int) -> None:
+        self._rates, self._longest = rates, longest
+        self._known: list[list[int]] = []
+        self.forget()
+
+    def set_known(self, known: np.ndarray) -> None:
+        """Successors of each token known beforehand, int32 [tokens, width], best first."""
+        self._known = known[:, :_MOST_RANK].tolist()
+
+    def forget(self) -> None:
+        """Begin another sequence."""
+        self._tokens: list[int] = []
+        self._index = SuffixIndex(self._longest)
+        self._table = SuccessorTable(_PAIRS)
+
+    def extend(self, tokens: list[int]) -> None:
+        """The sequence goes on with these tokens."""
+        self._tokens += tokens
+        self._index.extend(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def grow(self, most: int, least: float, predictions: Predictions) -> Grown:
+        """At most `most` nodes by falling chance; the first one below `least` is the last one."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        sources: list[int] = []
+        chances: list[float] = []
+        heap: list[tuple[float, int, int, int, str, tuple[int, ...]]] = []
+        depths = {ROOT: 0}
+        order = 0
+
+        def offer(node: int, chance: float, tail: tuple[int, ...]) -> None:
+            nonlocal order
+            for token, (its_chance, source) in self._weighed(tail, depths[node], predictions).items():
+                below = (*tail[1 - self._longest :], token)
+                heapq.heappush(heap, (-(chance * its_chance), order, node, token, source, below))
+                order += 1
+
+        if most > 0 and self._tokens:
+            offer(ROOT, 1.0, tuple(self._tokens[-self._longest :]))
+        while heap and len(tokens) < most:
+            negative, _, parent, token, source, tail = heapq.heappop(heap)
+            node = len(tokens)
+            tokens.append(token)
+            parents.append(parent)
+            sources.append(SOURCES.index(source))
+            chances.append(-negative)
+            depths[node] = depths[parent] + 1
+            if -negative < least:
+                break
+            offer(node, -negative, tail)
+        return tokens, parents, sources, chances
+
+    def judge(self, emitted: list[int], predictions: Predictions) -> None:
+        """Count which guesses at the tokens that follow the sequence came true."""
+        if not self._tokens:
+            return
+        text = [*self._tokens[-self._longest :], *emitted]
+        start = len(text) - len(emitted)
+        for depth, token in enumerate(emitted):
+            tail = tuple(text[max(0, start + depth - self._longest) : start + depth])
+            right = set()
+            for guessed, guess in list(self._found(tail, depth, predictions)):
+                self._rates.observe(guess, guessed == token)
+                if guessed == token:
+                    right.add(guess[0])
+            if depth < len(predictions):
+                self._rates.observe(("only pass", depth + 1, 0), right == {"pass"})
+        for depth in range(len(emitted), len(predictions)):
+            self._rates.observe(("only pass", depth + 1, 0), False)
+
+    def remember(self, before: list[int], tokens: list[int], successors: list[list[int]]) -> None:
+        """Row by row, what the model found likely after a token behind another one; later rows replace earlier ones."""
+        for behind, token, likely in zip(before, tokens, successors, strict=True):
+            self._table.update(behind, token, likely)
+
+    def _weighed(
+        self, tail: tuple[int, ...], depth: int, predictions: Predictions
+    ) -> dict[int, tuple[float, str]]:
+        """Each guessed next token: its chance, by its most promising guess, and that guess's source."""
+        weighed: dict[int, tuple[float, str]] = {}
+        for token, guess in self._found(tail, depth, predictions):
+            rate = self._rates.rate(guess)
+            if token not in weighed or rate > weighed[token][0]:
+                weighed[token] = rate, guess[0]
+        # Only one of them can be right: rates that add up to more than certainty contradict each other.
+        # Added up in order, as the native guesses do: `sum` rounds otherwise from Python 3.12 on.
+        total = functools.reduce(operator.add, (chance for chance, _ in weighed.values()), 0.0)
+        if total > 1:
+            weighed = {token: (chance / total, source) for token, (chance, source) in weighed.items()}
+        return weighed
+
+    def _found(
+        self, tail: tuple[int, ...], depth: int, predictions: Predictions
+    ) -> Iterator[tuple[int, Guess]]:
+        """Guesses at what follows `tail`, which ends `depth` tokens behind the sequence's end."""
+        for length in range(len(tail), 0, -1):
+            matches: list[int] = []
+            for position in self._index.positions(tail[-length:]):
+                token = self._tokens[position]
+                if token not in matches:
+                    yield token, ("ngram", length, len(matches))
+                    matches.append(token)
+            if matches:
+                break
+        last = tail[-1]
+        lists = [(2, self._table.after_pair(tail[-2], last))] if len(tail) > 1 else []
+        lists.append((1, self._table.after(last)))
+        if 0 <= last < len(self._known):
+            lists.append((0, self._known[last]))
+        seen: set[int] = set()
+        for length, successors in lists:
+            # What a longer context gave goes first, and makes the others less likely.
+            kind = length + 3 if seen else length
+            for rank, token in enumerate(successors[:_MOST_RANK]):
+                if token not in seen:
+                    yield token, ("recycle", kind, rank)
+            seen.update(successors[:_MOST_RANK])
+        if depth < len(predictions):
+            for rank, token in enumerate(predictions[depth]):
+                yield token, ("pass", depth + 1, rank)

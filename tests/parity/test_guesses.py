@@ -1,0 +1,106 @@
+"""The native guesses against their plain twin: the same drafts, node by node and chance by chance."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoestring.decoding.drafters.guesses import PlainGuesses, make_guesses
+from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, native_part
+
+pytestmark = pytest.mark.skipif(native_part() is None, reason="the native part is not installed")
+
+LONGEST = 4
+PRIORS = {("pass", 1, 0): 0.45, ("pass", 2, 0): 0.2}
+
+
+def pair(known=None):
+    made = []
+    for native in (False, True):
+        rates = AcceptanceRates(PRIORS, native=native)
+        guesses = make_guesses(rates, LONGEST)
+        assert isinstance(guesses, PlainGuesses) is not native
+        if known is not None:
+            guesses.set_known(known)
+        made.append((rates, guesses))
+    return made
+
+
+def grown(guesses, most, least, predictions):
+    tokens, parents, sources, chances = guesses.grow(most, least, predictions)
+    return list(tokens), list(parents), list(sources), list(chances)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 1 << 30),
+    st.integers(2, 9),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.01, 0.2]),
+)
+def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, ahead, least):
+    chance = random.Random(seed)
+
+    def some(count):
+        return chance.choices(range(vocabulary), k=count)
+
+    def successors():
+        return chance.sample(range(vocabulary), min(3, vocabulary))
+
+    table = (
+        np.array([successors() for _ in range(vocabulary - 1)], np.int32).reshape(vocabulary - 1, -1)
+        if known
+        else None
+    )
+    made = pair(table)
+    text = some(chance.randint(1, 20))
+    for _ in range(6):
+        predictions = [successors() for _ in range(chance.randint(0, 3))] if ahead else []
+        most = chance.randint(0, 24)
+        for _, guesses in made:
+            guesses.extend(text[len(guesses) :])
+        drafts = [grown(guesses, most, least, predictions) for _, guesses in made]
+        assert drafts[0] == drafts[1]
+        emitted = some(chance.randint(1, 4))
+        rows = chance.randint(1, 8)
+        remembered = (some(rows), some(rows), [successors() for _ in range(rows)])
+        for _, guesses in made:
+            guesses.judge(emitted, predictions)
+            guesses.remember(*remembered)
+        text += emitted
+    for source in SOURCES:
+        for length in range(6):
+            for rank in range(4):
+                plain, native = (rates.rate((source, length, rank)) for rates, _ in made)
+                assert plain == native
+
+
+def test_the_oldest_pairs_make_room_in_both(monkeypatch):
+    from shoestring.decoding.drafters import guesses as module
+
+    monkeypatch.setattr(module, "_PAIRS", 5)
+    made = pair()
+    chance = random.Random(3)
+    for _ in range(40):
+        row = ([chance.randrange(6)], [chance.randrange(6)], [[chance.randrange(6)]])
+        for _, guesses in made:
+            guesses.remember(*row)
+    for last in range(36):
+        drafts = []
+        for _, guesses in made:
+            guesses.extend([last // 6, last % 6])
+            drafts.append(grown(guesses, 6, 0.0, []))
+        assert drafts[0] == drafts[1]
+
+
+def test_what_was_forgotten_is_not_drafted():
+    for _, guesses in pair():
+        guesses.extend([1, 2, 1, 2])
+        guesses.remember([1], [2], [[7]])
+        assert 7 in grown(guesses, 8, 0.0, [])[0]
+        guesses.forget()
+        guesses.extend([1, 2])
+        assert grown(guesses, 8, 0.0, []) == ([], [], [], [])
