@@ -161,8 +161,8 @@ def calibrated(
 ) -> dict[str, Grid]:
     """`rounded` by GPTQ: each matrix on the inputs that `tokens` give it through everything quantised before it.
 
-    The model is left in evaluation mode. Layer by layer, and within a layer in the order of the matrices (query, key and value together, then the output, ...).
-    The embedding and the head are rounded to the nearest, to int8.
+    Layer by layer, and within a layer in the order in which the matrices run, those of one input together. The embedding
+    and the head are rounded to the nearest, to int8. The model is left in evaluation mode.
 
     Args:
         tokens: sequences of calibration text; 128 of 512 tokens will do for a small model.
