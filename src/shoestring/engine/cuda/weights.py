@@ -15,11 +15,9 @@ from torch import Tensor
 
 from shoestring.errors import RequestError
 from shoestring.quantization import WeightMatrix, WeightType, check_quantize
+from shoestring.quantization.grids import GROUP, blocks_on_grid
 
 __all__ = ["GROUP", "DeviceWeight", "pack_weight", "weight_of_tiles"]
-
-GROUP = 32
-"""Inputs that share a scale."""
 
 _TILE = 16
 """Outputs that a tile of the CPU's interleaves."""
@@ -93,7 +91,7 @@ def pack_weight(
     if quantize is None or inputs % GROUP:
         return DeviceWeight("dense", outputs, inputs, dtype, weight.detach().to(dtype).contiguous())
     rows = max(1, _CHUNK // inputs)
-    parts = [_quantized(part.detach().float(), quantize) for part in weight.split(rows)]
+    parts = [blocks_on_grid(part.detach().float(), quantize) for part in weight.split(rows)]
     levels = torch.cat([part[0] for part in parts])  # [N, groups, 32]
     scales = torch.cat([part[1] for part in parts])  # [N, groups]
     if quantize == "int8":
@@ -143,70 +141,3 @@ def _int4(
     words = torch.stack([scales, minima], 2).contiguous().view(torch.int32).squeeze(2)
     words = torch.nn.functional.pad(words, (0, odd)).T.contiguous()
     return DeviceWeight("int4", outputs, inputs, dtype, values.flatten(1).contiguous(), words)
-
-
-def _quantized(weight: Float[Tensor, "n K"], quantize: str) -> tuple[Tensor, ...]:
-    """Integers [n, groups, 32], scales and (int4) minima [n, groups] in float16."""
-    blocks = weight.unflatten(1, (-1, GROUP))
-    if quantize == "int8":
-        scales = _half(blocks.abs().amax(2) / 127)
-        levels = (blocks * _inverse(scales)[:, :, None]).clamp(-127, 127).round()
-        return levels.to(torch.int8), scales.to(torch.float16)
-    scales, minima = _best_grid(blocks)
-    return _nearest(blocks, scales, minima).to(torch.uint8), scales.half(), minima.half()
-
-
-def _half(values: Tensor) -> Tensor:
-    """Rounded to float16, the largest finite one beyond its range; as float32."""
-    return values.clamp(-65504.0, 65504.0).half().float()
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, 1 / scale, 0.0)
-
-
-def _nearest(blocks: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    """Levels of 0..15."""
-    level = (blocks - minimum[:, :, None]) * _inverse(scale)[:, :, None]
-    return (level.clamp(0.0, 15.0) + 0.5).floor()
-
-
-def _total(values: Tensor) -> Tensor:
-    """The sum over 32 as the CPU takes it: eight lanes, then their tree. Near ties are decided alike."""
-    parts = values.unflatten(2, (4, 8)).unbind(2)
-    lanes = ((parts[0] + parts[1]) + parts[2]) + parts[3]
-    pairs = lanes[..., 0::2] + lanes[..., 1::2]
-    fours = pairs[..., 0::2] + pairs[..., 1::2]
-    return fours[..., 0] + fours[..., 1]
-
-
-def _error(blocks: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    level = _nearest(blocks, scale, minimum)
-    return _total((minimum[:, :, None] + scale[:, :, None] * level - blocks).square())
-
-
-def _best_grid(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and minimum of least squared error: ranges a little narrower and wider than the block's own, each refitted."""
-    low, high = blocks.amin(2), blocks.amax(2)
-    spread = high - low
-    best = [_half(spread / 15), _half(low)]
-    least = _error(blocks, *best)
-    trials = 6
-    sums = _total(blocks)
-    for trial in range(trials):
-        levels = 13.0 + 3.0 * trial / (trials - 1)
-        scale = spread / torch.tensor(levels, dtype=torch.float32, device=blocks.device)
-        minimum = low + (spread - 15 * scale) / 2
-        for _ in range(2):
-            level = _nearest(blocks, scale, minimum)
-            sum_q = _total(level)
-            determinant = GROUP * _total(level * level) - sum_q * sum_q
-            fitted = (GROUP * _total(level * blocks) - sum_q * sums) / determinant
-            lowest = (sums - fitted * sum_q) / GROUP
-            scale = _half(torch.where(determinant > 0, fitted, scale).clamp(min=0.0))
-            minimum = _half(torch.where(determinant > 0, lowest, minimum))
-            error = _error(blocks, scale, minimum)
-            better = (error < least) & (spread > 0)
-            best = [torch.where(better, new, old) for new, old in zip((scale, minimum), best, strict=True)]
-            least = torch.where(better, error, least)
-    return best[0], best[1]
