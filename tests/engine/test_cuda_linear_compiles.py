@@ -47,9 +47,12 @@ if sys.argv[1] == "few":
     check(SEVEN["qkv"], 16, "int8")
 else:
     for rows in (1, 8, 16, 64):
-        for kind in ("bfloat16", "float16", "float32", "int8", "int4"):
+        for kind in ("bfloat16", "int8", "int4"):
             for shape in (*SMOLLM2.values(), *SEVEN.values()):
                 check(shape, rows, kind, pdl=rows == 8)
+        for kind in ("float16", "float32"):
+            check(SMOLLM2["gate"], rows, kind)
+            check(SEVEN["down"], rows, kind)
 """
 
 

@@ -21,7 +21,7 @@ from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Problem, Tunin
 from shoestring.engine.cuda.weights import GROUP, DeviceWeight
 from shoestring.errors import RequestError
 
-__all__ = ["LinearWorkspace", "Norm", "gated_linear", "linear", "linear_twin"]
+__all__ = ["Launch", "LinearWorkspace", "Norm", "gated_linear", "launches", "linear", "linear_twin"]
 
 _ACTIVATIONS = (None, "silu", "gelu_tanh", "gelu", "relu")
 _TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -83,10 +83,15 @@ class Launch:
 
     def run(self) -> None:
         """Put it on the current stream."""
-        options = {"launch_pdl": True} if self.constants.get("PDL") else {}
-        self.kernel[self.grid](
-            *self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages, **options
-        )
+        self.kernel[self.grid](*self.arguments, **self._options())
+
+    def compile(self) -> None:
+        """Compile it, without a run (inside `triton.AsyncCompileMode`: in the background)."""
+        self.kernel.warmup(*self.arguments, grid=self.grid, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        early = {"launch_pdl": True} if self.constants.get("PDL") else {}
+        return {**self.constants, "num_warps": self.warps, "num_stages": self.stages, **early}
 
 
 def linear(

@@ -272,7 +272,9 @@ def few_rows_kernel(
                     if BLOCK_M < 32:
                         tile, _ = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
                         even_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
-                        tile, _ = _rows_of_x(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
+                        tile, _ = _rows_of_x(
+                            x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, ""
+                        )
                         odd_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
                     else:
                         even_sum = tl.dot(ones, even, input_precision="ieee")

@@ -16,13 +16,14 @@ import torch
 
 from shoestring.errors import RequestError, suggest
 
-__all__ = ["MAX_ROWS", "LaunchConfig", "Problem", "Tuning", "candidates", "heuristic"]
+__all__ = ["MAX_ROWS", "TUNED", "LaunchConfig", "Problem", "Tuning", "candidates", "heuristic"]
 
 MAX_ROWS = 256
 """More rows than this are a prefill's, and go to the library's product."""
 
 _BUCKETS = (1, 8, 16, 32, 64, 128, 256)
-_FOLDER = Path(__file__).parent / "tuned"
+TUNED = Path(__file__).parent / "tuned"
+"""Where a machine's winners lie."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Tuning:
 
 @cache
 def _of_name(name: str) -> Tuning:
-    path = _FOLDER / f"{name}.json"
+    path = TUNED / f"{name}.json"
     return Tuning.read(path) if path.is_file() else Tuning()
 
 
