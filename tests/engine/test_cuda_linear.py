@@ -65,8 +65,8 @@ def test_linear_and_gated(workspace, quantize, outputs, inputs, rows):
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_split_sums_are_the_same_in_every_run(workspace, quantize):
-    x, weight = random(18, 544), pack_weight(random(20, 544), quantize)
-    norm = RowNorm(random(544, seed=1))
+    x, weight = random(18, 288), pack_weight(random(20, 288), quantize)
+    norm = RowNorm(random(288, seed=1))
     outs = []
     for _ in range(2):
         workspace.shares.fill_(float("nan"))
@@ -76,7 +76,7 @@ def test_split_sums_are_the_same_in_every_run(workspace, quantize):
     assert torch.equal(*outs)
     assert not workspace.shares.isnan().all(), "nothing was split"
     assert_near(outs[0], x, weight, norm=norm)
-    up, out = pack_weight(random(20, 544, seed=5), quantize), torch.empty(18, 20, device=DEVICE)
+    up, out = pack_weight(random(20, 288, seed=5), quantize), torch.empty(18, 20, device=DEVICE)
     gated_linear(x, weight, up, out, norm=norm, workspace=workspace, config=FEW)
     assert_near(out, x, weight, up, norm=norm, activation="silu")
 
