@@ -38,7 +38,8 @@ Quantise = Callable[[Any, Tensor], object]
 
 
 def _to_bfloat16(model: Any, _: Tensor) -> None:
-    model.to(torch.bfloat16).float()
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay as they are
+        parameter.data.copy_(parameter.data.to(torch.bfloat16))
 
 
 SETTINGS: dict[str, Quantise] = {

@@ -192,6 +192,32 @@ def quantization() -> str:
     return "\n".join(parts)
 
 
+def quantization_quality() -> str:
+    """Rounding to the nearest, clipping and GPTQ side by side."""
+    parts = []
+    for name, result in load_results("quantization-quality"):
+        for label, measured in result["models"].items():
+            rows = []
+            for setting, row in measured["settings"].items():
+                low, high = row["interval_95_percent"]
+                change = f"{row['change_percent']:+.2f}% ({low:+.2f} to {high:+.2f})"
+                took = f"{row['seconds_to_quantise']:.1f} s"
+                rows.append(
+                    [setting, f"{row['perplexity']:.3f}", *(["", ""] if not rows else [change, took])]
+                )
+            origin = f"Weights {label}"
+            if "training" in measured:
+                origin += f" in float32 on {measured['training']['tokens'] / 1e6:.1f}M tokens of English"
+            parts.append(
+                f"{origin} (`{Path(measured['model']).name}`, {measured['parameters'] / 1e6:.0f}M parameters), on "
+                f"{measured['tokens']:,} tokens never trained on here, {result['machine']}, commit {result['commit']} "
+                f"([{name}](RESULTS/{name})); 95% bootstrap intervals over windows of {result['window']}; GPTQ sees "
+                f"{result['calibration_windows']} other windows:\n\n"
+                + table(["weights", "perplexity", "against float32", "to quantise"], rows)
+            )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 def weight_streaming() -> str:
     """How near a one-row step of a 1B-shaped model comes to the memory's rate."""
     parts = []
@@ -372,6 +398,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pass-speed": pass_speed,
     "llama-cpp": llama_cpp,
     "quantization": quantization,
+    "quantization-quality": quantization_quality,
     "weight-streaming": weight_streaming,
     "translation-quality": translation_quality,
     "parsing-quality": parsing_quality,
