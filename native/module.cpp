@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu_features.hpp"
+#include "fastff_bindings.hpp"
 #include "quantized_bindings.hpp"
 #include "step_bindings.hpp"
 
@@ -15,4 +16,5 @@ NB_MODULE(_native, module) {
              "Vector instruction sets that this processor and its operating system let us use.");
   shoestring::bind_step(module);
   shoestring::bind_quantized(module);
+  shoestring::bind_fastff(module);
 }
