@@ -1,7 +1,7 @@
 """UltraFastBERT as HF models: masked language model and classifier (arXiv 2311.10770, section 3; 2212.14034, section 4.2).
 
 Pre-norm, no biases in linear layers (but the neurons' own), a norm of the embeddings and one at the end, tied embeddings
-without a head transform. Shapes: B batch, T tokens, H heads, D head dimension, E hidden size, V vocabulary, M masked tokens.
+without a head transform. Shapes: B batch, T tokens, H heads, D head dimension, E hidden size, V vocabulary, M predicted ones.
 """
 
 import math
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 
 from shoestring.fastff.bert_config import UltraFastBertConfig
+from shoestring.fastff.dense import DenseFeedForward
 from shoestring.fastff.layer import FastFeedForward
 
 __all__ = [
@@ -67,19 +68,6 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
-class DenseFeedForward(nn.Module):
-    """Every neuron for every token: the baseline, and the control of a tree's active width."""
-
-    def __init__(self, config: UltraFastBertConfig) -> None:
-        super().__init__()
-        self.inner = nn.Linear(config.hidden_size, config.width, bias=config.feedforward_bias)
-        self.outer = nn.Linear(config.width, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, E] -> [B, T, E]."""
-        return self.outer(F.gelu(self.inner(x)))
-
-
 class Layer(nn.Module):
     """Attention, then feedforward, each behind its norm."""
 
@@ -90,7 +78,7 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.feedforward_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.feedforward: nn.Module = (
-            DenseFeedForward(config)
+            DenseFeedForward(config.hidden_size, config.width, bias=config.feedforward_bias)
             if config.feedforward == "dense"
             else FastFeedForward(
                 config.hidden_size,
@@ -235,7 +223,7 @@ class UltraFastBertForSequenceClassification(_PreTrained):
         super().__init__(config)
         self.encoder = UltraFastBert(config)
         self.pooled = nn.Linear(config.hidden_size, config.classifier_width)
-        self.classifier = nn.Linear(config.classifier_width, config.num_labels)
+        self.classifier = nn.Linear(config.classifier_width, int(config.num_labels or 2))
         self.post_init()
 
     def forward(

@@ -52,8 +52,8 @@ class UltraFastBertConfig(PretrainedConfig):
         self.positions, self.max_positions = positions, max_positions
         self.dropout, self.norm_eps, self.initializer_range = dropout, norm_eps, initializer_range
         self.classifier_width = classifier_width
-        kwargs["tie_word_embeddings"] = True
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        kwargs |= {"tie_word_embeddings": True, "pad_token_id": pad_token_id}
+        super().__init__(**kwargs)
 
     @property
     def neurons(self) -> int:
@@ -88,6 +88,6 @@ class UltraFastBertConfig(PretrainedConfig):
                 )
         if self.hidden_size % (2 * self.heads):
             raise RequestError(
-                f"model.hidden_size is {self.hidden_size} and model.heads {self.heads}: a head's width must be even and whole"
+                f"model.hidden_size is {self.hidden_size} and model.heads {self.heads}: a head needs an even width"
             )
         return self

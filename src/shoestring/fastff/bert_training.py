@@ -1,4 +1,4 @@
-"""A masked language model from its recipe: vocabulary, rows, training, and what the held-out part says (2311.10770, 3.1)."""
+"""A masked language model from its recipe: vocabulary, rows, training, and what the held-out part says (2311.10770)."""
 
 import hashlib
 import itertools
@@ -96,7 +96,8 @@ def train(recipe: BertRecipe, folder: RunFolder, observer: Observer = silent) ->
         model.save_pretrained(folder.path / "final")
         tokenizer.save_pretrained(folder.path / "final")
         # As it will be used: in fp32, and without what training wrapped around it.
-        final = UltraFastBertForMaskedLM.from_pretrained(folder.path / "final").to(device).eval()
+        final: Any = UltraFastBertForMaskedLM.from_pretrained(folder.path / "final")
+    final.to(device).eval()
     score, losses = score_masked(final, hidden(len(corpus.held_out)))
     np.save(folder.path / LOSSES_FILE, losses)
     result = {

@@ -77,7 +77,7 @@ class MaskedRows:
             salt = random.getrandbits(31)
             order = np.random.default_rng(random.getrandbits(64)).permutation(count)
             whole = order[: count - count % size].reshape(-1, size) + salt * count
-            return whole.tolist()  # type: ignore[no-any-return]
+            return whole.tolist()
 
         return batches
 

@@ -53,9 +53,9 @@ class NodeCounter:
 def routing_statistics(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[dict[str, float]]:
     """One row for each fast feedforward layer of the model, over these batches.
 
-    `dead_nodes` and `dead_leaves`: shares that no token visited; `busiest_leaf`: the largest share of tokens in one leaf of a
-    tree; `leaf_entropy`: of the leaves' load, 1 where it is even; `tokens`: how many were counted. With few tokens a leaf is
-    unvisited by chance: 2**depth leaves need several times as many.
+    `dead_nodes` and `dead_leaves`: shares that no token visited; `busiest_leaf`: the largest share of tokens in one
+    leaf of a tree; `leaf_entropy`: of the leaves' load, 1 where it is even; `tokens`: how many were counted. With few
+    tokens a leaf is unvisited by chance: 2**depth leaves need several times as many.
     """
     layers = [module for module in model.modules() if isinstance(module, FastFeedForward)]
     counters = [NodeCounter(layer) for layer in layers]
