@@ -1,7 +1,7 @@
 """UltraFastBERT as HF models: masked language model and classifier (arXiv 2311.10770, section 3; 2212.14034, section 4.2).
 
 Pre-norm, no biases in linear layers (but the neurons' own), a norm of the embeddings and one at the end, tied embeddings
-without a head transform. Shapes: B batch, T tokens, H heads, D head dimension, E hidden size, V vocabulary, M predicted ones.
+without a head transform. Shapes: B batch, T tokens, H heads, D head dimension, E hidden size, M masked.
 """
 
 import math

@@ -79,14 +79,14 @@ def train(recipe: ConversionRecipe, folder: RunFolder, observer: Observer = sile
         for name, count in (("train", recipe.data.rows), ("held_out", recipe.data.held_out_rows))
     }
 
-    def collate(batch: Sequence[np.ndarray] | np.ndarray) -> dict[str, Tensor]:
+    def collate(batch: Sequence[np.ndarray]) -> dict[str, Tensor]:
         input_ids = torch.from_numpy(np.stack(batch).astype(np.int64)).to(device)
         return {"input_ids": input_ids, "labels": input_ids}
 
     set_seed(recipe.seed)
     model: Any = Distillation(teacher, recipe.layers, recipe.feedforward)
     model.to(device)
-    model.calibrate(collate(rows["train"][: recipe.batch_size])["input_ids"])
+    model.calibrate(collate(list(rows["train"][: recipe.batch_size]))["input_ids"])
     about = {
         "model": recipe.model,
         "feedforward": recipe.feedforward,

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from shoestring.errors import ModelFileError, RequestError, UnsupportedModelError
+from shoestring.errors import ModelFileError, RequestError, UnsupportedModelError, first_line
 from shoestring.fastff.bert_recipe import feedforward_of
 from shoestring.fastff.dense import DenseFeedForward
 from shoestring.fastff.layer import FastFeedForward
 from shoestring.hub.quiet import quiet_transformers
 
 __all__ = [
+    "Conversion",
     "Distillation",
     "Site",
+    "convert_feedforwards",
     "find_feedforwards",
     "load_converted",
     "replaced",
@@ -40,9 +42,11 @@ _SIGNS = (
     ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
     ("fc_in", "fc_out"),  # GPT-J
     ("fc1", "fc2"),  # Phi
+    ("lin1", "lin2"),  # DistilBERT
     ("inner", "outer"),  # our own
 )
 _RECORD = "fast_feedforward"  # in config.json
+_STUDENTS = "fast_feedforward.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,14 @@ def find_feedforwards(model: nn.Module) -> list[Site]:
         if "expert" in name:
             continue
         signs = next((s for s in _SIGNS if all(_takes_vectors(parts.get(sign)) for sign in s)), None)
-        if signs is not None and set(parts) <= {*signs, "act", "act_fn", "dropout", "activation_fn"}:
+        if signs is not None and set(parts) <= {
+            *signs,
+            "act",
+            "act_fn",
+            "activation",
+            "activation_fn",
+            "dropout",
+        }:
             sites.append(Site(_layer_of(name), name, name, _width(parts[signs[0]])))
         elif {"intermediate", "output", "attention"} <= set(parts):  # BERT: the residual is inside `output`
             inner, outer = (getattr(parts[side], "dense", None) for side in ("intermediate", "output"))
@@ -228,7 +239,7 @@ class Distillation(PreTrainedModel):
         """A copy of each student with its place, as it stands in for the original."""
         found = {}
         for site, module, scale in zip(self.sites, self.students, self.scales, strict=True):
-            copied = copy.deepcopy(module).eval()
+            copied: Any = copy.deepcopy(module).eval()
             out = copied.w_out if isinstance(copied, FastFeedForward) else copied.outer.weight
             with torch.no_grad():
                 out.mul_(scale)
@@ -278,22 +289,28 @@ def replaced(model: nn.Module, modules: Mapping[Site, nn.Module]) -> Iterator[No
 def save_converted(
     model: Any, tokenizer: Any, modules: Mapping[Site, nn.Module], feedforward: str, folder: Path
 ) -> None:
-    """Replace the feedforwards for good, and write the model; `load_converted` reads it."""
+    """Replace the feedforwards for good, and write the model, the new layers in a file of their own."""
+    from safetensors.torch import save_file
+
     for site, module in modules.items():
         _put(model, site, module)
-    setattr(
-        model.config,
-        _RECORD,
-        {
-            "feedforward": feedforward,
-            "layers": [site.layer for site in modules],
-            "class": type(model).__name__,
-        },
-    )
+    kinds = {"class": type(model).__name__, "feedforward": feedforward}
+    setattr(model.config, _RECORD, {**kinds, "layers": [site.layer for site in modules]})
+    rest = {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if not any(_inside(name, site) for site in modules)
+    }
     with quiet_transformers():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=rest)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    students = {
+        f"{site.layer}.{name}": weight.detach().cpu().contiguous()
+        for site, module in modules.items()
+        for name, weight in module.state_dict().items()
+    }
+    save_file(students, folder / _STUDENTS)
 
 
 def load_converted(folder: Path) -> Any:
@@ -308,33 +325,40 @@ def load_converted(folder: Path) -> Any:
     from shoestring.fastff import bert
 
     bert.register()
-    if not (folder / "config.json").is_file():
-        raise ModelFileError(f"{folder} holds no model")
+    if not (folder / "config.json").is_file() or not (folder / _STUDENTS).is_file():
+        raise ModelFileError(f"{folder} holds no converted model (config.json and {_STUDENTS})")
     with quiet_transformers():
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        record = getattr(config, _RECORD, None)
+        record: Any = getattr(config, _RECORD, None)
         if record is None:
             raise ModelFileError(f"{folder / 'config.json'} does not say which feedforwards were replaced")
         kind = getattr(bert, record["class"], None) or getattr(transformers, record["class"], None)
         if kind is None:
             raise ModelFileError(f"{folder}: this transformers has no {record['class']}")
-        model: Any = kind(config)
-    for site in find_feedforwards(model):
-        if site.layer in record["layers"]:
-            _put(model, site, student(site.hidden_size, record["feedforward"]))
-    weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)
-    report = model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = [name for name in report.missing_keys if name not in tied]
-    if missing or report.unexpected_keys:
-        raise ModelFileError(
-            f"{folder} lacks {len(missing)} tensors and has {len(report.unexpected_keys)} too many: "
-            f"{(missing or report.unexpected_keys)[0]!r}"
+        model, report = kind.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
+    sites = [site for site in find_feedforwards(model) if site.layer in record["layers"]]
+    wrong = [name for name in report["missing_keys"] if not any(_inside(name, site) for site in sites)]
+    if wrong or report["unexpected_keys"]:
+        raise ModelFileError(
+            f"{folder}: {sorted([*wrong, *report['unexpected_keys']])[0]!r} is missing or too much"
+        )
+    students = load_file(folder / _STUDENTS)
+    for site in sites:
+        module = student(site.hidden_size, record["feedforward"])
+        prefix = f"{site.layer}."
+        own = {name.removeprefix(prefix): w for name, w in students.items() if name.startswith(prefix)}
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            raise ModelFileError(f"{folder / _STUDENTS}: {first_line(error)}") from error
+        _put(model, site, module)
     return model.eval()
+
+
+def _inside(name: str, site: Site) -> bool:
+    return name.startswith((f"{site.enter}.", f"{site.leave}."))
 
 
 def _put(model: nn.Module, site: Site, module: nn.Module) -> dict[str, nn.Module]:
