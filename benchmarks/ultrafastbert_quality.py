@@ -1,7 +1,7 @@
 """Arms of an UltraFastBERT comparison as one result file: `python -m benchmarks.ultrafastbert_quality RUN RUN ...`.
 
 The runs are made by `shoestring train recipes/ultrafastbert-small.yaml model.feedforward=...`, their classifiers by
-`recipes/boolq.yaml model=RUN`. Each arm is compared with the first over the same hidden tokens (paired bootstrap over rows).
+`recipes/boolq.yaml model=RUN`. Each arm is compared with the first over the same hidden tokens (paired bootstrap of rows).
 """
 
 import argparse

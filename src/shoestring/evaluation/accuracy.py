@@ -33,7 +33,8 @@ def wilson_interval(right: int, examples: int) -> tuple[float, float]:
     share = right / examples
     spread = _Z * math.sqrt(share * (1 - share) / examples + (_Z / (2 * examples)) ** 2)
     middle, scale = share + _Z**2 / (2 * examples), 1 + _Z**2 / examples
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    low, high = (middle - spread) / scale, (middle + spread) / scale
+    return (low if right else 0.0), (high if right < examples else 1.0)  # rounding aside, they are that
 
 
 def accuracy_of(predicted: Sequence[int], labels: Sequence[int]) -> Accuracy:
