@@ -13,6 +13,7 @@ from shoestring.fastff.bert import (
 from shoestring.fastff.bert_config import UltraFastBertConfig
 from shoestring.fastff.bert_recipe import feedforward_of
 from shoestring.fastff.layer import FastFeedForward
+from shoestring.fastff.scattered import ScatteredFastFeedForward, scattered
 
 SMALL = {
     "vocab_size": 90,
@@ -134,3 +135,32 @@ def test_impossible_shapes_are_refused():
         model_of(hidden_size=33)
     with pytest.raises(RequestError, match="rotary"):
         model_of(positions="rotery")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("trees", "depth"), [(1, 0), (1, 5), (3, 2)])
+def test_scattered_training_is_masked_training_bit_for_bit(trees, depth, dtype):
+    torch.manual_seed(0)
+    found = []
+    layer = ScatteredFastFeedForward(24, depth, trees=trees, dtype=dtype)
+    x = torch.randn(40, 24, dtype=dtype)
+    for method in ("scattered", "masked"):
+        layer.zero_grad()
+        layer.training_method = method
+        own = x.clone().requires_grad_()
+        y = layer(own)
+        y.square().sum().backward()
+        found.append([y.detach(), own.grad, *(weight.grad.clone() for weight in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    if dtype == torch.float64:
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), found[0][0])  # inference
+
+
+def test_scattered_gradients_are_right():
+    torch.manual_seed(0)
+    layer = ScatteredFastFeedForward(5, 2, trees=2, dtype=torch.float64)
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(
+        lambda x, *weights: scattered(x, *weights), (x, layer.w_in, layer.b_in, layer.w_out)
+    )

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seque
 from shoestring.fastff.bert_config import UltraFastBertConfig
 from shoestring.fastff.dense import DenseFeedForward
 from shoestring.fastff.layer import FastFeedForward
+from shoestring.fastff.scattered import ScatteredFastFeedForward
 
 __all__ = [
     "UltraFastBert",
@@ -80,7 +81,7 @@ class Layer(nn.Module):
         self.feedforward: nn.Module = (
             DenseFeedForward(config.hidden_size, config.width, bias=config.feedforward_bias)
             if config.feedforward == "dense"
-            else FastFeedForward(
+            else ScatteredFastFeedForward(
                 config.hidden_size,
                 config.depth,
                 trees=config.trees,

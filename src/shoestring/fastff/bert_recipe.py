@@ -76,7 +76,8 @@ class BertRecipe(Recipe):
     """A masked language model from scratch.
 
     `batch_size` counts rows of `data.length` tokens; `masked` of each row's tokens are predicted; with `corrupt` a tenth of
-    them are shown as they are and a tenth as others. `method` is how trees are computed in training.
+    them are shown as they are and a tenth as others. `method` is how trees are computed in training; `compile` compiles
+    the layers.
     """
 
     task: Literal["ultrafastbert"]
@@ -85,7 +86,7 @@ class BertRecipe(Recipe):
     batch_size: Count = 256
     masked: Share = 0.25
     corrupt: bool = True
-    method: Literal["masked", "sparse", "auto"] = "masked"
+    method: Literal["scattered", "masked", "sparse", "plain"] = "scattered"
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
 
     @model_validator(mode="after")

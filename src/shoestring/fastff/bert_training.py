@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from shoestring.fastff.bert import UltraFastBertForMaskedLM
 from shoestring.fastff.bert_recipe import BertRecipe, TextSettings
-from shoestring.fastff.layer import FastFeedForward
 from shoestring.fastff.masked_scoring import masked_batches, score_masked
 from shoestring.fastff.masking import MaskedRows
 from shoestring.fastff.pieces import learn_pieces
 from shoestring.fastff.routing import routing_statistics
+from shoestring.fastff.scattered import ScatteredFastFeedForward
 from shoestring.fastff.text_source import fingerprint, read_documents
 from shoestring.fastff.token_rows import PreparedCorpus, is_held_out, prepare_corpus
 from shoestring.hub.quiet import quiet_transformers
@@ -51,8 +51,8 @@ def train(recipe: BertRecipe, folder: RunFolder, observer: Observer = silent) ->
     config = recipe.model.config(len(tokenizer))
     model: Any = UltraFastBertForMaskedLM(config)
     for module in model.modules():
-        if isinstance(module, FastFeedForward):
-            module.method = recipe.method
+        if isinstance(module, ScatteredFastFeedForward):
+            module.training_method = recipe.method
     about = {
         "parameters": model.num_parameters(),
         "feedforward": recipe.model.feedforward,
@@ -71,13 +71,16 @@ def train(recipe: BertRecipe, folder: RunFolder, observer: Observer = silent) ->
         )
 
     def evaluate(current: PreTrainedModel) -> dict[str, float]:
-        score, _ = score_masked(current, hidden(_VALIDATED_ROWS))
+        with torch.compiler.set_stance("force_eager"):  # not compiled for these shapes, too
+            score, _ = score_masked(current, hidden(_VALIDATED_ROWS))
+            routing = routing_statistics(current, itertools.islice(hidden(_VALIDATED_ROWS), 4))
         values = {"loss": score.loss, "perplexity": score.perplexity, "accuracy": score.accuracy}
-        return values | _mean(routing_statistics(current, itertools.islice(hidden(_VALIDATED_ROWS), 4)))
+        return values | _mean(routing)
 
     if recipe.compile:
-        # Shapes never change here, which the loop of all tasks cannot know.
-        model.compile(dynamic=False)
+        # Shapes never change here, which the loop of all tasks cannot know; and what is compiled for one layer serves all.
+        for layer in model.encoder.layers:
+            layer.compile(dynamic=False)
     train_model(
         model,
         rows,

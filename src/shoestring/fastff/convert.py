@@ -20,6 +20,7 @@ from shoestring.errors import ModelFileError, RequestError, UnsupportedModelErro
 from shoestring.fastff.bert_recipe import feedforward_of
 from shoestring.fastff.dense import DenseFeedForward
 from shoestring.fastff.layer import FastFeedForward
+from shoestring.fastff.scattered import ScatteredFastFeedForward
 from shoestring.hub.quiet import quiet_transformers
 
 __all__ = [
@@ -95,7 +96,7 @@ def student(hidden_size: int, feedforward: str) -> nn.Module:
     sizes = feedforward_of(feedforward)
     if sizes["feedforward"] == "dense":
         return DenseFeedForward(hidden_size, sizes["width"])
-    return FastFeedForward(hidden_size, sizes["depth"], trees=sizes["trees"])
+    return ScatteredFastFeedForward(hidden_size, sizes["depth"], trees=sizes["trees"])
 
 
 @dataclass(frozen=True)
