@@ -46,10 +46,10 @@ const FastffKernels& fastff_kernels(InstructionSet isa) {
 
 namespace {
 
-// Rows of the upper levels that stay in the second-level cache while many tokens pass.
+// Rows of w_in that stay in the second-level cache while many tokens pass.
 constexpr int64_t kResident = 768 << 10;
-// Tokens for each subtree below the upper levels from which it pays to sort tokens by subtree.
-constexpr int64_t kTokensPerSubtree = 2;
+// Tokens for each subtree below the upper levels, so that sorting tokens by subtree pays.
+constexpr int64_t kTokensPerSubtree = 8;
 // Tokens sorted at a time: bounds the memory of a call.
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kChunk = 8;
@@ -59,19 +59,17 @@ constexpr int64_t kWorthThreads = 384 << 10;
 constexpr int64_t kHeavy = 64;
 constexpr int64_t kColumns = 128;
 
-int levels_resident(const FastffShape& shape) {
-  int levels = 1;
-  while (levels <= shape.depth &&
-         ((int64_t{2} << levels) - 1) * (shape.E + shape.O) * shape.element() <= kResident) {
-    ++levels;
-  }
-  return levels;
-}
-
 int log2_floor(int64_t n) {
   int result = 0;
   while (n >>= 1) ++result;
   return result;
+}
+
+// Upper levels for the first of two parts; at least the depth + 1 where two parts are no use.
+int upper_levels(const FastffShape& shape, int64_t tokens) {
+  const int resident = log2_floor(kResident / (shape.E * shape.element()) + 1);
+  const int shared = log2_floor(tokens / kTokensPerSubtree);
+  return std::min(resident, shared) > 1 ? std::min(resident, shared) : shape.depth + 1;
 }
 
 void walk(const FastffWalk& job, InstructionSet isa, int64_t begin, int64_t end) {
@@ -144,12 +142,11 @@ struct Fastff::WholeJob final : Job {
 // Many tokens: the upper levels' rows stay in the cache for all of them; then tokens are sorted by the subtree that they
 // have come to, and go on subtree by subtree.
 struct Fastff::GroupedJob final : Job {
-  GroupedJob(const Fastff& owner, int threads, int levels)
-      : Job(static_cast<int>(owner.layers_.size()) * owner.shape_.trees *
-            ((owner.shape_.depth + levels) / levels)),
+  GroupedJob(const Fastff& owner, int threads, int upper)
+      : Job(static_cast<int>(owner.layers_.size()) * owner.shape_.trees * 2),
         owner(owner),
         threads(threads),
-        levels(levels) {}
+        upper(upper) {}
 
   void work(int) override {
     Walk way(*this, threads);
@@ -162,47 +159,40 @@ struct Fastff::GroupedJob final : Job {
       uint8_t* const out = layer + 1 == layers ? y : between + (layer % 2) * tokens * row;
       job.sums = shape.bf16 ? sums : reinterpret_cast<float*>(out);
       job.residual = owner.residual_ ? job.x : nullptr;
-      job.node = node;
       job.visited = visited;
       job.logits = logits;
+      const auto part = [&](int64_t begin, int64_t end) { walk(job, owner.isa_, begin, end); };
       for (int tree = 0; tree < shape.trees; ++tree) {
         job.first_tree = tree;
         job.last_tree = tree + 1;
-        for (job.first = 0; job.first <= shape.depth; job.first += levels) {
-          job.last = std::min(job.first + levels, shape.depth + 1);
-          job.order = job.first > 0 ? order : nullptr;
-          job.prefetch_from = job.first > 0 ? job.first : job.last;
-          job.add_sums = tree > 0 || job.first > 0;
-          const bool ends = job.last > shape.depth;
-          job.y = ends && tree + 1 == shape.trees ? out : nullptr;
-          way.phase(
-              tokens, kChunk, [&](int64_t begin, int64_t end) { walk(job, owner.isa_, begin, end); },
-              [&] {
-                if (!ends) sort(job.last);
-              });
-        }
+        job.y = tree + 1 == shape.trees ? out : nullptr;
+        job.order = nullptr;
+        job.first = 0;
+        job.prefetch_from = job.last = upper;
+        way.phase(tokens, kChunk, part, [&] { sort(tree); });
+        job.order = order;
+        job.first = upper;
+        job.last = shape.depth + 1;
+        way.phase(tokens, kChunk, part);
       }
     }
   }
 
-  // Tokens in the order of their nodes on this level.
-  void sort(int level) {
-    const int64_t width = int64_t{1} << level, first = width - 1;
-    if (width > 4 * tokens) {
-      for (int64_t t = 0; t < tokens; ++t) order[t] = static_cast<int32_t>(t);
-      std::stable_sort(order, order + tokens, [&](int32_t a, int32_t b) { return node[a] < node[b]; });
-      return;
-    }
-    starts.assign(static_cast<size_t>(width) + 1, 0);
-    for (int64_t t = 0; t < tokens; ++t) ++starts[static_cast<size_t>(node[t] - first + 1)];
+  // Tokens in the order of the nodes that they have come to.
+  void sort(int tree) {
+    const int64_t first = (int64_t{1} << upper) - 1;
+    const auto subtree = [&](int64_t t) {
+      const int64_t way = (t * owner.shape_.trees + tree) * (owner.shape_.depth + 1) + upper - 1;
+      return static_cast<size_t>(2 * int64_t{visited[way]} + 1 + (logits[way] > 0) - first);
+    };
+    starts.assign((size_t{1} << upper) + 1, 0);
+    for (int64_t t = 0; t < tokens; ++t) ++starts[subtree(t) + 1];
     for (size_t i = 1; i < starts.size(); ++i) starts[i] += starts[i - 1];
-    for (int64_t t = 0; t < tokens; ++t) {
-      order[starts[static_cast<size_t>(node[t] - first)]++] = static_cast<int32_t>(t);
-    }
+    for (int64_t t = 0; t < tokens; ++t) order[starts[subtree(t)]++] = static_cast<int32_t>(t);
   }
 
   const Fastff& owner;
-  int threads, levels;
+  int threads, upper;
   const uint8_t* x;
   uint8_t* y;
   int64_t tokens;
@@ -210,7 +200,7 @@ struct Fastff::GroupedJob final : Job {
   float* logits;
   uint8_t* between;
   float* sums;
-  int32_t *node, *order;
+  int32_t* order;
   std::vector<int32_t> starts;
 };
 
@@ -222,8 +212,8 @@ bool Fastff::worth_threads(int64_t tokens) const {
 void Fastff::run(const uint8_t* x, uint8_t* y, int64_t tokens, ThreadPool* pool, int32_t* visited,
                  float* logits) const {
   if (tokens <= 0) return;
-  const int levels = levels_resident(shape_);
-  if (levels > shape_.depth || tokens < kTokensPerSubtree << levels) {
+  const int upper = upper_levels(shape_, std::min(tokens, kBlock));
+  if (upper > shape_.depth) {
     if (pool == nullptr || pool->threads() == 1 || !worth_threads(tokens)) {
       run_whole(x, y, 0, tokens, visited, logits);
       return;
@@ -240,21 +230,22 @@ void Fastff::run(const uint8_t* x, uint8_t* y, int64_t tokens, ThreadPool* pool,
   thread_local std::vector<uint8_t> memory;  // fresh pages would cost more than the sums
   const int64_t element = shape_.element(), most = std::min(tokens, kBlock);
   const int64_t between = layers_.size() > 1 ? round_up(2 * most * shape_.E * element, 64) : 0;
-  const int64_t sums = shape_.bf16 ? round_up(most * shape_.O * 4, 64) : 0;
-  memory.resize(static_cast<size_t>(between + sums + 2 * most * 4));
+  const int64_t sums = shape_.bf16 && shape_.trees > 1 ? round_up(most * shape_.O * 4, 64) : 0;
+  const int64_t ways = visited ? 0 : most * shape_.active() * 4;
+  memory.resize(static_cast<size_t>(between + sums + 2 * ways + most * 4));
   ThreadPool alone(1);
   ThreadPool& crew = pool ? *pool : alone;
   for (int64_t at = 0; at < tokens; at += kBlock) {
-    const auto job = std::make_shared<GroupedJob>(*this, crew.threads(), levels);
+    const auto job = std::make_shared<GroupedJob>(*this, crew.threads(), upper);
     job->tokens = std::min(kBlock, tokens - at);
     job->x = x + at * shape_.E * element;
     job->y = y + at * shape_.O * element;
-    job->visited = visited ? visited + at * shape_.active() : nullptr;
-    job->logits = logits ? logits + at * shape_.active() : nullptr;
+    uint8_t* const saved = memory.data() + between + sums;
+    job->visited = visited ? visited + at * shape_.active() : reinterpret_cast<int32_t*>(saved);
+    job->logits = logits ? logits + at * shape_.active() : reinterpret_cast<float*>(saved + ways);
     job->between = memory.data();
     job->sums = reinterpret_cast<float*>(memory.data() + between);
-    job->node = reinterpret_cast<int32_t*>(memory.data() + between + sums);
-    job->order = job->node + most;
+    job->order = reinterpret_cast<int32_t*>(saved + 2 * ways);
     crew.run(job);
   }
 }

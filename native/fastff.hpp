@@ -36,22 +36,21 @@ struct FastffShape {
   int active() const { return trees * (depth + 1); }
 };
 
-// A part of the way of some tokens: trees [first_tree, last_tree) from level `first` to before `last`.
+// A part of the way of some tokens: trees [first_tree, last_tree) from level `first` to before `last`. The part that
+// ends at the leaves sums the path's rows of w_out; parts before it leave their ways in `visited` and `logits`.
 struct FastffWalk {
   FastffShape shape;
   FastffWeights weights;
   int first_tree, last_tree;
   int first, last;
-  int prefetch_from;       // the level from which rows are fetched ahead (the upper ones are in a cache)
-  const uint8_t* x;        // [T][E]
-  uint8_t* y;              // [T][O]; null: only `sums`
-  const uint8_t* residual; // [T][O] to which the output is added, or null
-  float* sums;             // [T][O] of the ways before (where `add_sums`) and of this one (where y is null), or null
-  bool add_sums;
-  const int32_t* order;    // positions -> tokens, or null
-  int32_t* node;           // [T]: where the token is, before and after; null where the walk is whole
-  int32_t* visited;        // [T][K][D+1], or null
-  float* logits;           // [T][K][D+1], or null
+  int prefetch_from;        // the level from which rows are fetched ahead (the upper ones are in a cache)
+  const uint8_t* x;         // [T][E]
+  uint8_t* y;               // [T][O]; null: to `sums`, for the trees that follow
+  const uint8_t* residual;  // [T][O] to which the first tree adds, or null
+  float* sums;              // [T][O] of the trees before; null where the walk takes all trees
+  const int32_t* order;     // positions -> tokens, or null
+  int32_t* visited;         // [T][K][D+1]; null where the walk is whole and nobody asks
+  float* logits;            // [T][K][D+1], likewise
 };
 
 // float only.
