@@ -164,3 +164,8 @@ def test_scattered_gradients_are_right():
     torch.autograd.gradcheck(
         lambda x, *weights: scattered(x, *weights), (x, layer.w_in, layer.b_in, layer.w_out)
     )
+
+
+def test_unknown_training_method_is_refused():
+    with pytest.raises(RequestError, match="did you mean 'scattered'"):
+        ScatteredFastFeedForward(4, 1, training_method="scatered")

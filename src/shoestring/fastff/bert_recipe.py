@@ -86,7 +86,7 @@ class BertRecipe(Recipe):
     batch_size: Count = 256
     masked: Share = 0.25
     corrupt: bool = True
-    method: Literal["scattered", "masked", "sparse", "plain"] = "scattered"
+    method: Literal["scattered", "auto", "plain", "masked", "sparse", "triton"] = "scattered"
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
 
     @model_validator(mode="after")

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from shoestring.errors import RequestError, suggest
 from shoestring.fastff.functional import activation_function, depth_of
 from shoestring.fastff.layer import FastFeedForward
-from shoestring.fastff.methods import run
+from shoestring.fastff.methods import METHODS, choose, needs_gradient, run
 
 __all__ = ["TRAINING_METHODS", "ScatteredFastFeedForward", "scattered"]
 
-TRAINING_METHODS = ("scattered", "masked", "sparse", "plain")
+TRAINING_METHODS = ("scattered", *(method for method in METHODS if method != "native"))
 
 
 def scattered(
@@ -61,12 +61,13 @@ class ScatteredFastFeedForward(FastFeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] -> [..., O]."""
-        if not (torch.is_grad_enabled() and (x.requires_grad or self.w_in.requires_grad)):
+        if not needs_gradient(x, self.w_in, self.w_out):
             return super().forward(x)
         self.check(x)
         rows = x.reshape(-1, self.hidden_size)
+        weights = (self.w_in, self.b_in, self.w_out)
         if self.training_method == "scattered":
-            y = scattered(rows, self.w_in, self.b_in, self.w_out, self.activation)
+            y = scattered(rows, *weights, self.activation)
         else:
-            y = run(self.training_method, rows, self.w_in, self.b_in, self.w_out, self.activation)
+            y = run(choose(rows, *weights, self.training_method), rows, *weights, self.activation)
         return y.view(*x.shape[:-1], self.output_size)
