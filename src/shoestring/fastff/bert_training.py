@@ -23,6 +23,7 @@ from shoestring.fastff.routing import routing_statistics
 from shoestring.fastff.scattered import ScatteredFastFeedForward
 from shoestring.fastff.text_source import fingerprint, read_documents
 from shoestring.fastff.token_rows import PreparedCorpus, is_held_out, prepare_corpus
+from shoestring.hub.cache import locked
 from shoestring.hub.quiet import quiet_transformers
 from shoestring.training.folder import RunFolder
 from shoestring.training.task import Observer, Progress, Task, silent
@@ -129,20 +130,21 @@ def prepared_for(
     wanted = {**data.model_dump(mode="json"), "text": fingerprint(data.train)}
     name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     folder = beside / f"prepared-{name}"
+    # Runs that begin at once wait for the first; so does a process of the same run that does not write.
     while not writes and not (folder / "about.json").is_file():
         time.sleep(1)
-    if (folder / "about.json").is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    else:
-        observer(Progress("tokenizer", 0, 0, {"pieces": data.vocabulary}))
-        tokenizer = learn_pieces(
-            _sampled(data), data.vocabulary, kind=data.tokenizer, lowercase=data.lowercase
+    with locked(f"prepared-{name}"):
+        tokenizer = None
+        if not (folder / "about.json").is_file():
+            observer(Progress("tokenizer", 0, 0, {"pieces": data.vocabulary}))
+            tokenizer = learn_pieces(
+                _sampled(data), data.vocabulary, kind=data.tokenizer, lowercase=data.lowercase
+            )
+            observer(Progress("rows", 0, 0, {"length": data.length}))
+        corpus = prepare_corpus(
+            folder, read_documents(data.train), tokenizer, length=data.length, held_out=data.held_out
         )
-        observer(Progress("rows", 0, 0, {"length": data.length}))
-    corpus = prepare_corpus(
-        folder, read_documents(data.train), tokenizer, length=data.length, held_out=data.held_out
-    )
-    return corpus, tokenizer
+    return corpus, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 
 
 def _sampled(data: TextSettings) -> Iterator[str]:
