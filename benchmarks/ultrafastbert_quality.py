@@ -45,7 +45,9 @@ def main() -> None:
     }
     for row in arms:
         boolq = row.get("boolq")
-        told = f", BoolQ {boolq['mean']:.3f} ({boolq['spread']})" if boolq else ""
+        told = (
+            f", BoolQ {boolq['mean']:.3f} (always one answer: {boolq['majority_rate']:.3f})" if boolq else ""
+        )
         print(
             f"{row['feedforward']:12} {row['active_neurons']:5} of {row['neurons']:5} neurons, {row['parameters']:,} "
             f"parameters, perplexity {row['held_out']['perplexity']:.2f}, accuracy {row['held_out']['accuracy']:.3f}, "
