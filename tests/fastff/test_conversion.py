@@ -18,15 +18,10 @@ from transformers import (
 )
 
 from shoestring.errors import ModelFileError, RequestError, UnsupportedModelError
-from shoestring.fastff.convert import (
-    Distillation,
-    convert_feedforwards,
-    find_feedforwards,
-    load_converted,
-    replaced,
-    save_converted,
-)
+from shoestring.fastff.convert import convert_feedforwards, load_converted, save_converted
+from shoestring.fastff.imitation import Distillation, Together
 from shoestring.fastff.layer import FastFeedForward
+from shoestring.fastff.sites import find_feedforwards, replaced
 
 WIDE = {
     "vocab_size": 50,
@@ -127,3 +122,35 @@ def test_what_cannot_be_converted_is_said(tmp_path):
         convert_feedforwards(llama, rows()[0])
     with pytest.raises(ModelFileError, match="no converted model"):
         load_converted(tmp_path)
+
+
+def test_students_learn_together_what_they_did_not_learn_apart():
+    torch.manual_seed(0)
+    model = MODELS["gpt2"]().eval()
+    for block in model.transformer.h:
+        block.mlp.c_proj.weight.data *= 20  # so that feedforwards matter
+    plain = model(input_ids=rows(4)).logits
+    apart = Distillation(model, None, "fff-2x3")
+    apart.calibrate(rows(16))
+    together = Together(model, apart.modules_by_site())
+    optimizer = torch.optim.Adam(together.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = together(rows(32))["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(weight.grad is None for weight in model.parameters())
+    assert torch.equal(model(input_ids=rows(4)).logits, plain)
+    some = together(rows(4), masked_positions=torch.zeros(4, 1, dtype=torch.long))["loss"]
+    assert float(some.detach()) >= 0
+
+
+def test_perfect_students_have_nothing_to_learn():
+    torch.manual_seed(0)
+    model = MODELS["llama"]().eval()
+    site = find_feedforwards(model)[1]
+    together = Together(model, {site: model.model.layers[1].mlp})
+    assert float(together(rows(4))["loss"]) == pytest.approx(0.0, abs=1e-6)

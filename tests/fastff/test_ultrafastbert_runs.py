@@ -200,12 +200,14 @@ def test_conversion_through_its_recipe(dense, folder):
         f"model={dense}", "layers=[1]", "feedforward=fff-1x4", f"data.train=['{folder / 'text.txt'}']", "data.rows=200",
         "data.length=16", "data.held_out=0.1", "data.held_out_rows=20", "steps=150", "warmup_steps=5",
         "learning_rate=0.01", "batch_size=32", "device=cpu", "evaluate_every=75", "save_every=75", "speed_tokens=2",
+        "together_steps=40",
     )  # fmt: skip
     assert run(command(folder, path, *overrides, recipe="fff-smollm2")) == 0
     result = result_of(path)
     assert result["layers"] == [1]
     assert result["layer_errors"][0] < 0.6
     assert result["before"]["loss"] < result["after"]["loss"] < result["left_out"]["loss"]
+    assert result["after_together"]["loss"] < result["after"]["loss"] + 0.01
     assert set(result["speed"]) == {"before", "after"}
     model = load_converted(path / "final")
     assert model.encoder.layers[1].feedforward.w_in.shape == (1, 31, 32)

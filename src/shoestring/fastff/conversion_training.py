@@ -1,8 +1,7 @@
 """`task: fff-conversion`: students are taught beside the frozen model and put in its layers' places; what that costs."""
 
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,14 +9,18 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, PreTrainedModel, set_seed
+from transformers import AutoModelForMaskedLM, set_seed
 
 from shoestring import hub
+from shoestring.errors import RequestError
 from shoestring.fastff.bert_config import UltraFastBertConfig
 from shoestring.fastff.bert_recipe import feedforward_of
-from shoestring.fastff.convert import Distillation, Site, replaced, save_converted
-from shoestring.fastff.masked_scoring import load_auto, masked_batches, score_masked
+from shoestring.fastff.conversion_scoring import Nothing, layer_errors, model_loss, speeds
+from shoestring.fastff.convert import save_converted
+from shoestring.fastff.imitation import Distillation, Together
+from shoestring.fastff.masked_scoring import load_auto
+from shoestring.fastff.masking import MaskedRows
+from shoestring.fastff.sites import Site, replaced
 from shoestring.fastff.text_source import read_documents
 from shoestring.fastff.token_rows import is_held_out, rows_of
 from shoestring.training.batches import fixed_size_batches
@@ -26,9 +29,10 @@ from shoestring.training.recipe import Recipe, Section
 from shoestring.training.task import Observer, Progress, Task, silent
 from shoestring.training.trainer import resolved_device, train_model
 
-__all__ = ["TASK", "ConversionRecipe", "causal_loss", "train"]
+__all__ = ["TASK", "ConversionRecipe", "train"]
 
 Count = Annotated[int, Field(ge=1)]
+_VALIDATED_ROWS = 64
 
 
 class RowSettings(Section):
@@ -42,16 +46,19 @@ class RowSettings(Section):
 
 
 class ConversionRecipe(Recipe):
-    """Which `layers` of `model` (None: all) become what: `fff-1x11` or, as a control, `dense-12`."""
+    """Which `layers` of `model` (None: all) become what: `fff-1x11` or, as a control, `dense-12`.
+
+    They learn apart from each other for `steps`, then for `together_steps` in their places, from the model's own choices.
+    """
 
     task: Literal["fff-conversion"]
     model: str
     layers: list[int] | None = None
     feedforward: str = "fff-1x11"
     data: RowSettings
+    together_steps: Annotated[int, Field(ge=0)] = 0
     batch_size: Count = 16
-    clip_norm: Annotated[float, Field(ge=0)] = 0.0
-    speed_tokens: Annotated[int, Field(ge=0)] = 32
+    speed_tokens: Count = 32
 
     @field_validator("feedforward")
     @classmethod
@@ -64,7 +71,7 @@ def train(recipe: ConversionRecipe, folder: RunFolder, observer: Observer = sile
     """Teach, replace, measure; write `final/` (see `load_converted`) and `result.json`.
 
     The result has each layer's held-out error, the model's loss on held-out text as it was, converted, and with the chosen
-    feedforwards left out altogether, and seconds for a prompt and for a generated token before and after.
+    feedforwards left out altogether, and seconds for a row and for a generated token before and after.
 
     Raises:
         RequestError: no such model, layer or text.
@@ -73,95 +80,72 @@ def train(recipe: ConversionRecipe, folder: RunFolder, observer: Observer = sile
     """
     device = resolved_device(recipe.device)
     teacher, tokenizer, masked = _teacher(recipe.model, device)
-    end = tokenizer.sep_token_id if masked else tokenizer.eos_token_id
     rows = {
-        name: rows_of(_documents(recipe, name), tokenizer, end, recipe.data.length)[:count]
+        name: rows_of(_documents(recipe, name), tokenizer, _end(tokenizer, recipe.model), recipe.data.length)[
+            :count
+        ]
         for name, count in (("train", recipe.data.rows), ("held_out", recipe.data.held_out_rows))
     }
-
-    def collate(batch: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        input_ids = torch.from_numpy(np.stack(batch).astype(np.int64)).to(device)
-        return {"input_ids": input_ids, "labels": input_ids}
-
     set_seed(recipe.seed)
-    model: Any = Distillation(teacher, recipe.layers, recipe.feedforward)
-    model.to(device)
-    model.calibrate(collate(list(rows["train"][: recipe.batch_size]))["input_ids"])
+    apart: Any = Distillation(teacher, recipe.layers, recipe.feedforward)
+    apart.to(device)
+    apart.calibrate(_plain(list(rows["train"][: recipe.batch_size]), device)["input_ids"])
     about = {
         "model": recipe.model,
         "feedforward": recipe.feedforward,
-        "layers": [site.layer for site in model.sites],
+        "layers": [site.layer for site in apart.sites],
         "parameters": teacher.num_parameters(),
-        "student_parameters": model.num_parameters(),
+        "student_parameters": sum(weight.numel() for weight in apart.parameters()),
         "rows": {name: len(part) for name, part in rows.items()},
     }
-    observer(Progress("data", 0, 0, {"layers": len(model.sites), **about["rows"]}))
+    observer(Progress("data", 0, 0, {"layers": len(apart.sites), **about["rows"]}))
 
-    def evaluate(current: Any) -> dict[str, float]:
-        return {"layer_error": statistics.mean(_layer_errors(current, rows["held_out"], device))}
-
-    train_model(
-        model,
-        rows["train"],
-        collate,
-        fixed_size_batches(len(rows["train"]), recipe.batch_size),
-        recipe,
-        folder,
-        evaluate=evaluate,
-        observer=observer,
-    )
-    if not folder.writes:
-        return {}
-    model.eval()
-    modules = model.modules_by_site()
-    nothing: dict[Site, nn.Module] = {site: _Nothing() for site in modules}
+    def learn(model: Any, stage: str, steps: int, evaluate: Callable[[Any], dict[str, float]]) -> RunFolder:
+        own = recipe.model_copy(update={"steps": steps})
+        inner = RunFolder.open(folder.path / stage, own, resume=True)
+        examples, collate, plan = _batches(recipe, rows["train"], tokenizer, device, masked)
+        train_model(model, examples, collate, plan, own, inner, evaluate=evaluate, observer=observer)
+        return inner
 
     def loss() -> dict[str, float]:
-        if masked:
-            batches = masked_batches(rows["held_out"], tokenizer, corrupt=False, device=device)
-            score = score_masked(teacher, batches)[0]
-            return {"loss": score.loss, "perplexity": score.perplexity}
-        found = causal_loss(teacher, rows["held_out"], device)
-        return {"loss": found, "perplexity": float(np.exp(found))}
+        return model_loss(teacher, tokenizer, rows["held_out"], device, masked)
 
-    result: dict[str, Any] = {
-        **about,
-        "layer_errors": _layer_errors(model, rows["held_out"], device),
-        "before": loss(),
-    }
+    def apart_now(model: Any) -> dict[str, float]:
+        errors = layer_errors(model, rows["held_out"][:_VALIDATED_ROWS], device)
+        return {"layer_error": statistics.mean(errors)}
+
+    def together_now(model: Any) -> dict[str, float]:
+        with replaced(teacher, model.modules_by_site()):
+            return model_loss(teacher, tokenizer, rows["held_out"][:_VALIDATED_ROWS], device, masked)
+
+    stages = [learn(apart, "apart", recipe.steps, apart_now)]
+    apart.eval()
+    modules: dict[Site, nn.Module] = apart.modules_by_site()
+    result = {**about, "layer_errors": layer_errors(apart, rows["held_out"], device), "before": loss()}
     with replaced(teacher, modules):
         result["after"] = loss()
-    with replaced(teacher, nothing):
+    if recipe.together_steps:
+        together: Any = Together(teacher, modules)
+        together.to(device)
+        stages.append(learn(together, "together", recipe.together_steps, together_now))
+        modules = together.eval().modules_by_site()
+        with replaced(teacher, modules):
+            result["after_together"] = loss()
+    if not folder.writes:
+        return {}
+    with replaced(teacher, {site: Nothing() for site in modules}):
         result["left_out"] = loss()
-    if recipe.speed_tokens:
-        result["speed"] = _speed(teacher, modules, rows["held_out"], device, recipe.speed_tokens, masked)
-    result["training_seconds"] = folder.training_seconds()
+    result["speed"] = speeds(
+        teacher, modules, rows["held_out"], device, tokens=recipe.speed_tokens, masked=masked
+    )
+    result["training_seconds"] = sum(stage.training_seconds() for stage in stages)
     save_converted(teacher, tokenizer, modules, recipe.feedforward, folder.path / "final")
-    result["converted_parameters"] = teacher.num_parameters()
+    result["converted_parameters"] = sum(weight.numel() for weight in teacher.parameters())
     folder.finish(result)
     return result
 
 
 TASK = Task(ConversionRecipe, train)
-
-
-@torch.no_grad()
-def causal_loss(model: Any, rows: np.ndarray, device: str, size: int = 8) -> float:
-    """Nats a token of rows [N, T], each begun without context."""
-    total = 0.0
-    for start in range(0, len(rows), size):
-        ids = torch.from_numpy(rows[start : start + size].astype(np.int64)).to(device)
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
-    return total / (len(rows) * (rows.shape[1] - 1))
-
-
-class _Nothing(nn.Module):
-    """A feedforward that adds nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zeros of the same shape."""
-        return torch.zeros_like(x)
 
 
 def _teacher(name: str, device: str) -> tuple[Any, Any, bool]:
@@ -182,8 +166,17 @@ def _teacher(name: str, device: str) -> tuple[Any, Any, bool]:
     return found.model, found.tokenizer, False
 
 
+def _end(tokenizer: Any, name: str) -> int:
+    """The token that goes behind a document."""
+    ids = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("sep", "eos"))
+    for token in ids:
+        if token is not None:
+            return int(token)
+    raise RequestError(f"{name} has no tokenizer with a token that ends a text")
+
+
 def _documents(recipe: ConversionRecipe, part: str) -> Iterator[list[str]]:
-    """Documents of a part until there are tokens enough for its rows (a token has at least a character)."""
+    """Documents of a part until there is text enough for its rows (eight characters a token are more than enough)."""
     rows = recipe.data.rows if part == "train" else recipe.data.held_out_rows
     left = rows * recipe.data.length * 8
     for document in read_documents(recipe.data.train):
@@ -194,56 +187,21 @@ def _documents(recipe: ConversionRecipe, part: str) -> Iterator[list[str]]:
                 return
 
 
-@torch.no_grad()
-def _layer_errors(model: Any, rows: np.ndarray, device: str, size: int = 8) -> list[float]:
-    """Of each student on these rows; batches of equal weight."""
-    found = [
-        model.forward(torch.from_numpy(rows[start : start + size].astype(np.int64)).to(device))["errors"]
-        for start in range(0, len(rows), size)
-    ]
-    return [float(value) for value in torch.stack(found).mean(0)]
+def _batches(
+    recipe: ConversionRecipe, rows: np.ndarray, tokenizer: Any, device: str, masked: bool
+) -> tuple[Any, Any, Any]:
+    """Examples, how to make a batch of them, and which: with hidden tokens for a model that fills them in."""
+    if masked:
+        hider = MaskedRows(rows, tokenizer, share=0.25, corrupt=False, device=device, seed=recipe.seed)
+        return hider, hider.collate, hider.plan(recipe.batch_size)
+
+    def collate(batch: Sequence[np.ndarray]) -> Mapping[str, Tensor]:
+        return _plain(batch, device)
+
+    return rows, collate, fixed_size_batches(len(rows), recipe.batch_size)
 
 
-@torch.no_grad()
-def _speed(
-    model: PreTrainedModel,
-    modules: dict[Site, nn.Module],
-    rows: np.ndarray,
-    device: str,
-    tokens: int,
-    masked: bool,
-    repetitions: int = 5,
-) -> dict[str, dict[str, float]]:
-    """Median seconds of one row's forward pass and, of a causal model, of a generated token; before and after, in turns."""
-    ids = torch.from_numpy(rows[:1].astype(np.int64)).to(device)
-    taken: dict[str, dict[str, list[float]]] = {}
-
-    def once(name: str) -> None:
-        kinds = taken.setdefault(name, {})
-        runs = {"row": lambda: model(input_ids=ids)}
-        if not masked:
-            runs["generated_token"] = lambda: _generated(model, ids, tokens)
-        for kind, act in runs.items():
-            began = time.perf_counter()
-            act()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            each = tokens if kind == "generated_token" else 1
-            kinds.setdefault(kind, []).append((time.perf_counter() - began) / each)
-
-    for _ in range(repetitions + 1):  # the first of each warms up
-        once("before")
-        with replaced(model, modules):
-            once("after")
-    return {
-        name: {kind: statistics.median(times[1:]) for kind, times in kinds.items()}
-        for name, kinds in taken.items()
-    }
-
-
-def _generated(model: Any, ids: Tensor, tokens: int) -> None:
-    """Tokens behind the first of the row, greedily, with a cache."""
-    cache, last = None, ids[:, :1]
-    for _ in range(tokens):
-        out = model(input_ids=last, past_key_values=cache, use_cache=True)
-        cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
+def _plain(batch: Sequence[np.ndarray], device: str) -> dict[str, Tensor]:
+    """Rows as `input_ids` and `labels` [B, T]; what is learnt is not the labels, but their number counts."""
+    input_ids = torch.from_numpy(np.stack(batch).astype(np.int64)).to(device)
+    return {"input_ids": input_ids, "labels": input_ids}
