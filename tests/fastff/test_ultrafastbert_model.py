@@ -169,3 +169,22 @@ def test_scattered_gradients_are_right():
 def test_unknown_training_method_is_refused():
     with pytest.raises(RequestError, match="did you mean 'scattered'"):
         ScatteredFastFeedForward(4, 1, training_method="scatered")
+
+
+@pytest.mark.parametrize("feedforward", ["fff", "dense"])
+def test_one_compiled_graph_serves_all_layers(feedforward):
+    """Without breaks; what the graph becomes is the compiler's matter, so it need not be run here."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = model_of(feedforward=feedforward, layers=10).train()
+    plain = model.encoder(ids()).last_hidden_state
+    for layer in model.encoder.layers:
+        layer.compile(backend=backend, dynamic=False, fullgraph=True)
+    torch.testing.assert_close(model.encoder(ids()).last_hidden_state, plain)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
