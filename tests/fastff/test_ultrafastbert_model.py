@@ -171,6 +171,7 @@ def test_unknown_training_method_is_refused():
         ScatteredFastFeedForward(4, 1, training_method="scatered")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # looked at by the tracer itself
 @pytest.mark.parametrize("feedforward", ["fff", "dense"])
 def test_one_compiled_graph_serves_all_layers(feedforward):
     """Without breaks; what the graph becomes is the compiler's matter, so it need not be run here."""
