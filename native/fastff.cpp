@@ -130,7 +130,7 @@ struct Fastff::WholeJob final : Job {
     });
   }
 
-  const Fastff& owner;
+  const Fastff& owner;  // used within the units of work only, for which the caller waits
   int threads;
   const uint8_t* x;
   uint8_t* y;
@@ -191,7 +191,7 @@ struct Fastff::GroupedJob final : Job {
     for (int64_t t = 0; t < tokens; ++t) order[starts[subtree(t)]++] = static_cast<int32_t>(t);
   }
 
-  const Fastff& owner;
+  const Fastff owner;  // a copy: a worker that comes late still counts phases when the caller has gone
   int threads, upper;
   const uint8_t* x;
   uint8_t* y;
@@ -306,6 +306,15 @@ struct Fastff::BackwardJob final : Job {
 void Fastff::backward(FastffBackward task, ThreadPool* pool) const {
   task.shape = shape_;
   task.weights = layers_[0];
+  if (task.tokens <= 0) {
+    const auto clear = [&](float* gradient, int64_t width) {
+      std::memset(gradient, 0, static_cast<size_t>(shape_.trees * shape_.nodes() * width) * sizeof(float));
+    };
+    clear(task.grad_w_in, shape_.E);
+    clear(task.grad_w_out, shape_.O);
+    if (task.grad_b_in) clear(task.grad_b_in, 1);
+    return;
+  }
   std::vector<float> scratch(static_cast<size_t>(2 * task.tokens * shape_.active()) + 1);
   task.hidden = scratch.data();
   task.grad_z = scratch.data() + task.tokens * shape_.active();

@@ -28,13 +28,13 @@ using Address = uintptr_t;
 // Tokens from which other Python threads may run meanwhile: letting them costs as much as a token.
 constexpr int64_t kManyTokens = 8;
 
-ThreadPool* pool_of(int threads) {
+std::shared_ptr<ThreadPool> pool_of(int threads) {
   static std::mutex mutex;
   static std::shared_ptr<ThreadPool> pool;  // kept: a new one for each call would start its threads anew
   if (threads <= 1) return nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
   if (!pool || pool->threads() != threads) pool = ThreadPool::shared(threads);
-  return pool.get();
+  return pool;
 }
 
 InstructionSet instruction_set(const std::string& name) {
@@ -65,16 +65,17 @@ class FastFeedForward {
     const auto* from = reinterpret_cast<const uint8_t*>(x);
     auto* to = reinterpret_cast<uint8_t*>(y);
     if (tokens < kManyTokens) {
-      kernel_.run(from, to, tokens, kernel_.worth_threads(tokens) ? pool_of(threads) : nullptr, nullptr, nullptr);
+      const std::shared_ptr<ThreadPool> pool = kernel_.worth_threads(tokens) ? pool_of(threads) : nullptr;
+      kernel_.run(from, to, tokens, pool.get(), nullptr, nullptr);
       return;
     }
     nb::gil_scoped_release release;
-    kernel_.run(from, to, tokens, pool_of(threads), nullptr, nullptr);
+    kernel_.run(from, to, tokens, pool_of(threads).get(), nullptr, nullptr);
   }
 
   void run_saving(Address x, Address y, Address visited, Address logits, int64_t tokens, int threads) const {
     nb::gil_scoped_release release;
-    kernel_.run(reinterpret_cast<const uint8_t*>(x), reinterpret_cast<uint8_t*>(y), tokens, pool_of(threads),
+    kernel_.run(reinterpret_cast<const uint8_t*>(x), reinterpret_cast<uint8_t*>(y), tokens, pool_of(threads).get(),
                 reinterpret_cast<int32_t*>(visited), reinterpret_cast<float*>(logits));
   }
 
@@ -92,7 +93,7 @@ class FastFeedForward {
     job.grad_w_in = reinterpret_cast<float*>(grad_w_in);
     job.grad_b_in = reinterpret_cast<float*>(grad_b_in);
     job.grad_w_out = reinterpret_cast<float*>(grad_w_out);
-    kernel_.backward(job, pool_of(threads));
+    kernel_.backward(job, pool_of(threads).get());
   }
 
  private:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shoestring.errors import RequestError
 from shoestring.fastff import functional, native
-from shoestring.fastff.methods import check_method, choose, run
+from shoestring.fastff.methods import check_method, choose, needs_gradient, run
 
 __all__ = ["FastFeedForward"]
 
@@ -137,13 +137,10 @@ class FastFeedForward(nn.Module):
             or x.dtype is not w_in.dtype
             or not x.is_cpu
             or not x.is_contiguous()
-            or (
-                torch.is_grad_enabled()
-                and (x.requires_grad or w_in.requires_grad or w_out.requires_grad or b_in is not None)
-            )
             or (w_in.data_ptr(), 0 if b_in is None else b_in.data_ptr(), w_out.data_ptr()) != addresses
             or self.activation is not activation
             or self.method not in _READY
+            or (torch.is_grad_enabled() and needs_gradient(x, w_in, b_in, w_out))
             or torch.is_autocast_enabled("cpu")
         ):
             return None
