@@ -91,6 +91,8 @@ def test_pretraining_learns_and_says_what_it_did(fff, folder):
     for layer in result["routing"]:
         assert 0 <= layer["dead_leaves"] < 1
         assert 1 / 8 <= layer["busiest_leaf"] <= 1
+        assert layer["evenness"][0] == 1
+        assert layer["tokens"] == 16 * result["held_out"]["rows"]
     assert result["tokens"] == 60 * 16 * 16
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         p.name for p in (fff / "final").iterdir()

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -158,7 +159,11 @@ def _sampled(data: TextSettings) -> Iterator[str]:
             return
 
 
-def _mean(layers: list[dict[str, float]]) -> dict[str, float]:
+def _mean(layers: list[dict[str, Any]]) -> dict[str, float]:
     """The layers' mean of what is worth a curve."""
-    names = ("dead_nodes", "leaf_entropy") if layers else ()
-    return {name: float(torch.tensor([row[name] for row in layers]).mean()) for name in names}
+    if not layers:
+        return {}
+    return {
+        "dead_nodes": statistics.mean(row["dead_nodes"] for row in layers),
+        "leaf_evenness": statistics.mean(row["evenness"][-1] for row in layers),
+    }

@@ -1,6 +1,5 @@
-"""How the tokens of a text spread over a model's trees: dead subtrees and load, layer by layer."""
+"""How the tokens of a text spread over a model's trees, layer by layer."""
 
-import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -9,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from shoestring.fastff.layer import FastFeedForward
+from shoestring.fastff.statistics import Load, load_of
 
 __all__ = ["NodeCounter", "routing_statistics"]
 
 
 class NodeCounter:
-    """Counts visits of every node of one layer while it is in the `with` block."""
+    """Counts the visits of every node of one layer in the `with` block's forward passes, as `load`."""
 
     def __init__(self, layer: FastFeedForward) -> None:
         self._layer = layer
-        self.visits = torch.zeros(layer.w_in.shape[:2], dtype=torch.long, device=layer.w_in.device)  # [K, n]
+        weight = layer.w_in
+        self.load = Load(torch.zeros(weight.shape[:2], dtype=torch.long, device=weight.device))
 
     def __enter__(self) -> "NodeCounter":
         self._hook = self._layer.register_forward_pre_hook(self._count)
@@ -29,33 +30,16 @@ class NodeCounter:
 
     def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x: Tensor = inputs[0].detach().to(self._layer.w_in.dtype)
-        nodes = self._layer.paths(x).flatten(0, -3)  # [T, K, D+1]
-        for tree, visited in enumerate(nodes.unbind(1)):
-            self.visits[tree] += torch.bincount(visited.flatten(), minlength=self.visits.shape[1])
-
-    def summary(self) -> dict[str, float]:
-        """Of the layer: see `routing_statistics`."""
-        depth = self._layer.depth
-        leaves = self.visits[:, 2**depth - 1 :].double()  # [K, 2**D]
-        tokens = float(self.visits[:, :1].sum())
-        load = leaves / leaves.sum(1, keepdim=True).clamp(min=1)
-        entropy = -(load * load.clamp(min=1e-300).log()).sum(1)
-        even = max(1e-12, depth * math.log(2)) if depth else 1.0
-        return {
-            "dead_nodes": float((self.visits == 0).double().mean()),
-            "dead_leaves": float((leaves == 0).double().mean()),
-            "busiest_leaf": float(load.max()),
-            "leaf_entropy": float(entropy.mean() / even) if depth else 1.0,
-            "tokens": tokens / self.visits.shape[0],
-        }
+        self.load = self.load + load_of(self._layer.paths(x), self._layer.w_in.shape[1])
 
 
-def routing_statistics(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[dict[str, float]]:
+def routing_statistics(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Any]]:
     """One row for each fast feedforward layer of the model, over these batches.
 
-    `dead_nodes` and `dead_leaves`: shares that no token visited; `busiest_leaf`: the largest share of tokens in one
-    leaf of a tree; `leaf_entropy`: of the leaves' load, 1 where it is even; `tokens`: how many were counted. With few
-    tokens a leaf is unvisited by chance: 2**depth leaves need several times as many.
+    `dead_nodes` and `dead_leaves`: shares that no token visited; `dead_subtrees`: how many, counted by their roots;
+    `busiest_leaf`: the largest share of tokens in one leaf of a tree; `evenness`: of each level's load, 1 where it is even,
+    from the root down; `tokens`: how many were counted. With few tokens a leaf is unvisited by chance: 2**depth leaves
+    need several times as many.
     """
     layers = [module for module in model.modules() if isinstance(module, FastFeedForward)]
     counters = [NodeCounter(layer) for layer in layers]
@@ -65,4 +49,15 @@ def routing_statistics(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -
         if counters:
             for batch in batches:
                 model.forward(**batch)
-    return [counter.summary() for counter in counters]
+    return [_summary(counter.load) for counter in counters]
+
+
+def _summary(load: Load) -> dict[str, Any]:
+    return {
+        "dead_nodes": float((load.visits == 0).float().mean()),
+        "dead_leaves": load.dead[-1],
+        "dead_subtrees": len(load.dead_subtrees),
+        "busiest_leaf": float(load.levels[-1].max()) / max(1, load.tokens),
+        "evenness": load.evenness,
+        "tokens": load.tokens,
+    }
