@@ -294,6 +294,31 @@ def translation_quality() -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def parsing_quality() -> str:
+    """Bracket scores of finished parsing runs."""
+    parts = []
+    for name, result in load_results("parsing-quality"):
+        rows = [
+            [
+                f"{run['run']}: {title}, {way}",
+                *(f"{found[score]:.1f}" for score in ("precision", "recall", "f1", "exact")),
+                f"{run['training_seconds']:.0f} s",
+            ]
+            for run in result["runs"]
+            for title, ways in run["scores"].items()
+            for way, found in ways.items()
+        ]
+        parts.append(
+            f"{result['runs'][0]['parameters']:,} parameters, {result['machine']}, commit {result['commit']} "
+            f"([{name}](RESULTS/{name})):\n\n"
+            + table(
+                ["run: test set, weights, search", "precision", "recall", "F1", "exact trees %", "training"],
+                rows,
+            )
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 def training_rate() -> str:
     """The share of the matrix rate that training reaches."""
     parts = []
@@ -396,6 +421,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "weight-streaming": weight_streaming,
     "translation-quality": translation_quality,
     "ultrafastbert-quality": ultrafastbert_quality,
+    "parsing-quality": parsing_quality,
     "training-rate": training_rate,
     "translation-speed": translation_speed,
 }

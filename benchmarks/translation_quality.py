@@ -1,4 +1,6 @@
-"""Scores of finished translation runs as one result file: `python -m benchmarks.translation_quality runs/A runs/B`.
+"""Scores of finished runs of the Transformer as one result file: `python -m benchmarks.translation_quality runs/A runs/B`.
+
+Translation runs and parsing runs go into files of their own (`benchmark` is `parsing-quality` for the latter).
 
 The runs are made by `shoestring train recipes/NAME.yaml`. Beside each stands what is published for its set. With two runs
 or more, each is compared with the first by paired bootstrap over the averaged weights' beam output.
@@ -27,9 +29,12 @@ def main() -> None:
     arguments.add_argument("--output", type=Path)
     asked = arguments.parse_args()
     rows = [summary(path) for path in asked.runs]
-    differences = [difference(asked.runs[0], other) for other in asked.runs[1:]]
+    parsing = {row["recipe"]["metric"] == "brackets" for row in rows}
+    if len(parsing) > 1:
+        raise SystemExit("translation runs and parsing runs have different scores: give one kind at a time")
+    differences = [] if True in parsing else [difference(asked.runs[0], other) for other in asked.runs[1:]]
     result = {
-        "benchmark": "translation-quality",
+        "benchmark": "parsing-quality" if True in parsing else "translation-quality",
         "at_once": asked.at_once,
         "runs": rows,
         "paired": [d for d in differences if d],
@@ -37,10 +42,9 @@ def main() -> None:
     for row in rows:
         for title, ways in row["scores"].items():
             for way, found in ways.items():
-                print(
-                    f"{row['run']:20} {title:12} {way:17} BLEU {found['bleu']:.2f}, lowercased "
-                    f"{found['bleu_lowercased']:.2f}, chrF {found['chrf']:.2f}"
-                )
+                shown = ("f1", "exact") if "f1" in found else ("bleu", "bleu_lowercased", "chrf")
+                scores = ", ".join(f"{name} {found[name]:.2f}" for name in shown)
+                print(f"{row['run']:20} {title:12} {way:17} {scores}")
     if asked.output:
         write_result(asked.output, result, asked.device)
     print(json.dumps(result))

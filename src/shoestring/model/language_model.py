@@ -1,4 +1,4 @@
-"""`load` a model; `generate`, `stream` and `score` with it, whatever strategy decodes and whatever body runs it."""
+"""`generate`, `stream` and `score` with a model, whatever strategy decodes and whatever body runs it."""
 
 import functools
 import hashlib
@@ -13,127 +13,21 @@ from shoestring import hub
 from shoestring.decoding.decode import check_prompt
 from shoestring.decoding.drafters.protocol import Drafter
 from shoestring.decoding.governor import Governor
-from shoestring.decoding.look_ahead import Base, LookAhead, load_look_ahead
+from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.tune import StepCost, remembered_step_cost
 from shoestring.engine.hf_runner import HFRunner
-from shoestring.engine.native_loading import native_runner_of
-from shoestring.engine.native_runner import NativeRunner, why_not, why_not_built
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
-from shoestring.errors import RequestError, UnsupportedModelError, suggest
+from shoestring.errors import RequestError, suggest
 from shoestring.generation import Generation, Message, Piece, Prompt, Score, Session, as_batch
 from shoestring.hub.cache import Progress
-from shoestring.quantization import check_quantize
 
-__all__ = ["LanguageModel", "load"]
+__all__ = ["LanguageModel"]
 
 _SCORE_SLOT = -2
 _SCORE_CHUNK = 256
-
-
-def load(
-    model: str,
-    *,
-    revision: str | None = None,
-    adapter: str | None = None,
-    look_ahead: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    progress: Progress | None = None,
-) -> "LanguageModel":
-    """Load a language model.
-
-    Args:
-        model: a hub id, a local folder of safetensors, a `.gguf` file, or a bundled name ("smollm2-135m").
-        revision: a branch, tag or commit of a hub id.
-        adapter: a PEFT adapter's folder or hub id, merged into the weights.
-        look_ahead: look-ahead embeddings for PaSS: a file or a training run's folder; None: those that come with a
-            bundled model, "none": not even those.
-        device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps".
-        dtype: "auto" is bfloat16 where the hardware computes in it, else float32; a GGUF file's tensors then stay as they
-            lie in it, on a CPU that has the native step.
-        quantize: "int8" or "int4": weights are rounded once, kept in the cache, and read by the native step (CPU).
-        progress: called with (stage, done, total) while files are fetched, converted or packed, or steps are timed.
-
-    Raises:
-        RequestError: an unknown name, device or dtype, or look-ahead embeddings of another model.
-        ModelFileError: broken, missing or pickled files.
-        DownloadError: the model could not be fetched.
-        UnsupportedModelError: the engine would not be right on this architecture.
-    """
-    check_quantize(quantize)
-    hub.check_dtype(dtype)
-    place = hub.device_of(device)
-    computed = hub.torch_dtype(dtype, place)
-    whole = functools.partial(
-        hub.load_pretrained, model, revision=revision, adapter=adapter, dtype=dtype, device=device
-    )
-    make = functools.partial(
-        LanguageModel, name=str(model), dtype=dtype, progress=progress, load_module=lambda: whole().model
-    )
-    why = f"device {place} is not a CPU"
-    if place.type == "cpu":
-        try:
-            if computed not in (torch.float32, torch.bfloat16):
-                raise UnsupportedModelError(f"the native step has no {dtype}")
-            return _load_native(make, model, revision, adapter, look_ahead, dtype, quantize, whole, progress)
-        except UnsupportedModelError as error:
-            why = str(error)
-    if quantize is not None:
-        raise UnsupportedModelError(f"quantize={quantize!r} needs the native step on a CPU: {why}")
-    pretrained = whole(progress=progress)
-    found = load_look_ahead(look_ahead, Base.of_module(pretrained.model), str(model))
-    return make(pretrained.model, pretrained.tokenizer, look_ahead=found)
-
-
-def _load_native(
-    make: "Callable[..., LanguageModel]",
-    model: str,
-    revision: str | None,
-    adapter: str | None,
-    look_ahead: str | None,
-    dtype: str,
-    quantize: str | None,
-    whole: Callable[..., hub.Pretrained],
-    progress: Progress | None,
-) -> "LanguageModel":
-    """The native step over the model's files; over a module in memory where an adapter is merged or names differ."""
-    reason = why_not_built()
-    if reason is not None:
-        raise UnsupportedModelError(reason)
-    computed = hub.torch_dtype(dtype, torch.device("cpu"))
-    if adapter is None:
-        source = hub.open_source(model, revision=revision, dtype=dtype, quantize=quantize, progress=progress)
-        reason = why_not(source.config)
-        if reason is not None:
-            raise UnsupportedModelError(reason)
-        try:
-            runner = native_runner_of(source, computed, quantize=quantize, progress=progress)
-        except UnsupportedModelError:
-            pass  # transformers may know how to read these names
-        else:
-            return make(
-                None,
-                source.tokenizer,
-                runner=runner,
-                look_ahead=load_look_ahead(look_ahead, Base.of_source(source), str(model)),
-                config=source.config,
-                generation_config=source.generation_config,
-            )
-    pretrained = whole(progress=progress)
-    module: Any = pretrained.model
-    runner = NativeRunner.from_module(module, quantize=quantize)
-    return make(
-        None,
-        pretrained.tokenizer,
-        runner=runner,
-        look_ahead=load_look_ahead(look_ahead, Base.of_module(module), str(model)),
-        config=module.config,
-        generation_config=module.generation_config,
-    )
 
 
 class LanguageModel:
@@ -420,6 +314,8 @@ class LanguageModel:
         Raises:
             RequestError: the two models' tokenizers differ.
         """
+        from shoestring.model.loading import load
+
         if name not in self._draft_runners:
             small = load(name, device=str(self.device), dtype=self._dtype or str(self.dtype).split(".")[1])
             ours, theirs = self.tokenizer, small.tokenizer

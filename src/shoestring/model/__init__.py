@@ -1,0 +1,6 @@
+"""`load` a model; `generate`, `stream` and `score` with it, whatever strategy decodes and whatever body runs it."""
+
+from shoestring.model.language_model import LanguageModel
+from shoestring.model.loading import load
+
+__all__ = ["LanguageModel", "load"]
