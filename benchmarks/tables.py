@@ -389,6 +389,52 @@ def translation_speed() -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def ultrafastbert_quality() -> str:
+    """The arms of every UltraFastBERT comparison, the baseline first."""
+    parts = []
+    for name, result in load_results("ultrafastbert-quality"):
+        gaps = {paired["runs"][1]: paired for paired in result["paired"]}
+        rows = []
+        for arm in result["arms"]:
+            gap, boolq = gaps.get(arm["run"]), arm.get("boolq")
+            low, high = (100 * value for value in boolq["interval"]) if boolq else (0.0, 0.0)
+            rows.append(
+                [
+                    arm["feedforward"],
+                    f"{arm['active_neurons']:,} of {arm['neurons']:,}",
+                    f"{arm['parameters'] / 1e6:.1f} M",
+                    f"{arm['held_out']['perplexity']:.2f}",
+                    f"{gap['loss_difference']:+.3f} ({gap['interval'][0]:+.3f} to {gap['interval'][1]:+.3f})"
+                    if gap
+                    else "",
+                    f"{100 * boolq['mean']:.1f}% ({low:.1f}-{high:.1f})" if boolq else "",
+                    f"{arm['training_seconds']:.0f} s",
+                ]
+            )
+        majority = next(
+            (100 * arm["boolq"]["majority_rate"] for arm in result["arms"] if "boolq" in arm), None
+        )
+        parts.append(
+            f"{result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); "
+            f"{result['arms'][0]['tokens'] / 1e6:.0f} million tokens an arm; 95% intervals"
+            + (f"; BoolQ's majority class is {majority:.1f}%" if majority is not None else "")
+            + ":\n\n"
+            + table(
+                [
+                    "feedforward",
+                    "neurons a token uses",
+                    "parameters",
+                    "perplexity",
+                    "nats a token over the first",
+                    "BoolQ, mean of the seeds",
+                    "training",
+                ],
+                rows,
+            )
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "exactness": exactness,
     "tokens-per-step": tokens_per_step,
@@ -401,6 +447,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "quantization-quality": quantization_quality,
     "weight-streaming": weight_streaming,
     "translation-quality": translation_quality,
+    "ultrafastbert-quality": ultrafastbert_quality,
     "parsing-quality": parsing_quality,
     "training-rate": training_rate,
     "translation-speed": translation_speed,

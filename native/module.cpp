@@ -5,6 +5,7 @@
 
 #include "cpu_features.hpp"
 #include "drafting_bindings.hpp"
+#include "fastff_bindings.hpp"
 #include "quantized_bindings.hpp"
 #include "step_bindings.hpp"
 
@@ -17,4 +18,5 @@ NB_MODULE(_native, module) {
   shoestring::bind_step(module);
   shoestring::bind_drafting(module);
   shoestring::bind_quantized(module);
+  shoestring::bind_fastff(module);
 }

@@ -14,11 +14,12 @@ from shoestring.errors import RequestError, suggest
 
 __all__ = ["evaluate"]
 
-_TASKS = ("translation", "parsing")
+_TASKS = ("translation", "parsing", "masked-lm", "boolq")
+_REFERENCED = ("translation", "parsing")
 
 
 def evaluate(
-    task: Annotated[str, typer.Argument(help=f"{' or '.join(_TASKS)}.", show_default=False)],
+    task: Annotated[str, typer.Argument(help=f"{', '.join(_TASKS)}.", show_default=False)],
     model: Annotated[str, typer.Argument(help="A run's folder, or a model's.", show_default=False)],
     source: Annotated[Path | None, typer.Option(help="translation: sentences, one a line.")] = None,
     reference: Annotated[
@@ -28,6 +29,17 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="translation: another model, compared by paired bootstrap.")
     ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="masked-lm: text that the model has not seen (.txt, .gz, .xz).")
+    ] = None,
+    masked: Annotated[float, typer.Option(help="masked-lm: the share of the tokens that is hidden.")] = 0.25,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="masked-lm: tokens a row; boolq: at most so many of a text. [default: 128 and 256]",
+            show_default=False,
+        ),
+    ] = None,
     beam: opt.Beam = 4,
     length_penalty: opt.LengthPenalty = 0.6,
     extra_length: opt.ExtraLength = 50,
@@ -35,12 +47,16 @@ def evaluate(
     dtype: opt.Dtype = "auto",
     json: opt.Json = False,
 ) -> None:
-    """Score a model: sacreBLEU with its signature and chrF, or labelled bracket F1.
+    """Score a model: BLEU and chrF, labelled bracket F1, masked-token perplexity, or accuracy on BoolQ's test part.
 
     Example: shoestring evaluate translation runs/multi30k-paper --source test.en --reference test.de --against runs/other
     """
     if task not in _TASKS:
         raise RequestError(f"unknown task {task!r}{suggest(task, _TASKS)}; known: {', '.join(_TASKS)}")
+    if task not in _REFERENCED:
+        result = _encoder(task, model, text, masked, length, device)
+        _show(result, json)
+        return
     if reference is None or (task == "translation" and source is None):
         raise RequestError(f"{task} needs {'--source and ' if task == 'translation' else ''}--reference")
     search: tuple[Any, ...] = (device, dtype, beam, length_penalty, extra_length)
@@ -49,12 +65,47 @@ def evaluate(
         result = _translation(model, source, reference, against, search)
     else:
         result = _parsing(model, reference, search)
+    _show(result, json)
+
+
+def _show(result: dict[str, Any], json: bool) -> None:
     if json:
         print_json(result)
         return
     for name, value in result.items():
-        shown = f"{value:.2f}" if isinstance(value, float) else value
+        shown: Any = _short(value)
+        if isinstance(value, tuple):
+            shown = "-".join(map(str, map(_short, value)))
         console().print(f"{name}: {shown}", markup=False)
+
+
+def _short(value: Any) -> Any:
+    """A number as a person reads it; anything else as it is."""
+    if not isinstance(value, float):
+        return value
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def _encoder(
+    task: str, model: str, text: Path | None, masked: float, length: int | None, device: str
+) -> dict[str, Any]:
+    from shoestring.training.trainer import resolved_device
+
+    place = resolved_device(device)
+    found: Any
+    if task == "boolq":
+        from shoestring.fastff.classification import evaluate_classifier
+
+        found = evaluate_classifier(model, "boolq", max_tokens=length or 256, device=place)
+    else:
+        from shoestring.fastff.masked_scoring import evaluate_masked_lm
+
+        if text is None:
+            raise RequestError("masked-lm needs --text")
+        if not 0 < masked < 1:
+            raise RequestError(f"--masked {masked}: a share between 0 and 1 is needed")
+        found = evaluate_masked_lm(model, [str(text)], share=masked, length=length or 128, device=place)
+    return {"task": task, "model": model, **asdict(found)}
 
 
 def _translation(

@@ -77,7 +77,7 @@ def _rounded(value: Any) -> Any:
 
 def _task(name: str) -> Any:
     """The tasks that recipes may name."""
-    known = ("pass", "transformer")
+    known = ("fff-conversion", "pass", "text-classification", "transformer", "ultrafastbert")
     match name:
         case "pass":
             from shoestring.finetuning import pass_train
@@ -87,4 +87,16 @@ def _task(name: str) -> Any:
             from shoestring.transformer import training
 
             return training.TASK
+        case "ultrafastbert":
+            from shoestring.fastff import bert_training
+
+            return bert_training.TASK
+        case "text-classification":
+            from shoestring.fastff import classification
+
+            return classification.TASK
+        case "fff-conversion":
+            from shoestring.fastff import conversion_training
+
+            return conversion_training.TASK
     raise RequestError(f"unknown task {name!r}{suggest(name, known)}; known: {', '.join(known)}")

@@ -31,7 +31,7 @@ class RunFolder:
     def open(cls, path: Path, recipe: Recipe, *, resume: bool = False) -> "RunFolder":
         """Begin a run here, or with `resume` go on with the one that is here (begin it where there is none).
 
-        A run that came to no checkpoint is begun anew.
+        A run that came to no checkpoint, its own or one of a run inside it, is begun anew.
 
         Raises:
             RequestError: the folder holds a run and `resume` is not asked for, or a run of another recipe, or is full of
@@ -41,7 +41,7 @@ class RunFolder:
         if not folder.writes:
             return folder
         config = recipe.model_dump(mode="json")
-        if folder._config_file.is_file() and not folder.checkpoints():
+        if folder._config_file.is_file() and not any(path.rglob(f"checkpoint-*/{_MARKER}")):
             shutil.rmtree(path)
         if folder._config_file.is_file():
             if not resume:
@@ -118,6 +118,14 @@ class RunFolder:
             return None
         found: dict[str, Any] = json.loads(self._result_file.read_text(encoding="utf-8"))
         return found
+
+    def training_seconds(self) -> float:
+        """Time spent training, over all the times the run was resumed."""
+        total = before = 0.0
+        for row in self.metrics("train"):
+            total += row["seconds"] - (before if row["seconds"] > before else 0.0)
+            before = row["seconds"]
+        return round(total, 1)
 
     @property
     def _config_file(self) -> Path:

@@ -75,7 +75,7 @@ def train(recipe: TransformerRecipe, folder: RunFolder, observer: Observer = sil
         return {}
     result = {
         **about,
-        "training_seconds": _seconds(folder),
+        "training_seconds": folder.training_seconds(),
         **_finish(recipe, folder, model, tokenizer, tests, observer),
     }
     folder.finish(result)
@@ -180,12 +180,3 @@ def _finish(
 
 def _write_translations(path: Path, texts: Sequence[str]) -> None:
     path.write_text("".join(text.replace("\n", " ") + "\n" for text in texts), encoding="utf-8")
-
-
-def _seconds(folder: RunFolder) -> float:
-    """Time spent training, over all the times the run was resumed."""
-    total = before = 0.0
-    for row in folder.metrics("train"):
-        total += row["seconds"] - (before if row["seconds"] > before else 0.0)
-        before = row["seconds"]
-    return round(total, 1)

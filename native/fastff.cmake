@@ -1,0 +1,12 @@
+# Sources of the fast feedforward kernels; instruction sets and flags as for the dense kernels.
+set(FASTFF_SOURCES fastff.cpp fastff_bindings.cpp fastff_portable.cpp)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+  list(APPEND FASTFF_SOURCES fastff_avx2.cpp fastff_avx512.cpp fastff_avx512_bf16.cpp)
+  set_source_files_properties(fastff_avx2.cpp PROPERTIES COMPILE_OPTIONS "${AVX2}")
+  set_source_files_properties(fastff_avx512.cpp PROPERTIES COMPILE_OPTIONS "${AVX512}")
+  set_source_files_properties(fastff_avx512_bf16.cpp PROPERTIES COMPILE_OPTIONS "${AVX512_BF16}")
+  set_source_files_properties(fastff.cpp PROPERTIES COMPILE_DEFINITIONS SHOESTRING_X86_KERNELS)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
+  list(APPEND FASTFF_SOURCES fastff_neon.cpp)
+  set_source_files_properties(fastff.cpp PROPERTIES COMPILE_DEFINITIONS SHOESTRING_NEON_KERNELS)
+endif()

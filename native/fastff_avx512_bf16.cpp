@@ -1,0 +1,12 @@
+// Fast feedforward kernels for AVX-512 with bfloat16 dot products.
+#define SHOESTRING_ISA avx512_bf16
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "fastff.hpp"
+#include "vectors_avx512.hpp"
+//
+#include "fastff_kernels.inl"
