@@ -13,8 +13,23 @@ from torch import Tensor
 
 from shoestring.errors import RequestError
 from shoestring.fastff import triton_kernels as kernels
+from shoestring.fastff.functional import ACTIVATIONS, activation_function, masked
 
-__all__ = ["Groups", "Plan", "Shape", "choose", "group", "grouped", "infer", "path", "power_of_two", "shape_of"]
+__all__ = [
+    "Groups",
+    "Plan",
+    "Shape",
+    "block_of",
+    "choose",
+    "forward",
+    "group",
+    "grouped",
+    "infer",
+    "kind_of",
+    "path",
+    "power_of_two",
+    "shape_of",
+]
 
 MAX_GROUPED_LEVELS = 15  # 2^8 groups of 2^7 - 1 nodes: more columns than that leave the registers
 
@@ -84,6 +99,7 @@ def infer(
     w_in: Float[Tensor, "K n E"],
     b_in: Float[Tensor, "K n"] | None,
     w_out: Float[Tensor, "K n O"],
+    activation: str = "gelu",
     plan: Plan | None = None,
 ) -> Float[Tensor, "*B O"]:
     """Evaluate the layer without gradients, by `plan` or as `choose` says.
@@ -94,12 +110,12 @@ def infer(
         depth = (w_in.shape[1] + 1).bit_length() - 2
         plan = choose(x[..., 0].numel(), x.shape[-1], depth, x.dtype, w_in.shape[0])
     if plan.kind == "grouped":
-        return grouped(x, w_in, b_in, w_out)
+        return grouped(x, w_in, b_in, w_out, activation)
     if plan.kind == "path":
-        return path(x, w_in, b_in, w_out, levels_per_step=plan.levels_per_step)
-    from shoestring.fastff import functional
-
-    return functional.masked(x, w_in, b_in, w_out)
+        return path(x, w_in, b_in, w_out, activation, levels_per_step=plan.levels_per_step)
+    with torch.no_grad():
+        rows = x.reshape(-1, x.shape[-1])
+        return masked(rows, w_in, b_in, w_out, activation).reshape(*x.shape[:-1], w_out.shape[2])
 
 
 @torch.no_grad()
@@ -108,6 +124,7 @@ def path(
     w_in: Float[Tensor, "K n E"],
     b_in: Float[Tensor, "K n"] | None,
     w_out: Float[Tensor, "K n O"],
+    activation: str = "gelu",
     levels_per_step: int = 1,
 ) -> Float[Tensor, "*B O"]:
     """Evaluate by one program a token and tree, which reads the 2^levels_per_step - 1 rows of each step together.
@@ -129,7 +146,7 @@ def path(
         kernels.path_kernel, (shape.tokens, shape.trees),
         rows_in, w_in.contiguous(), _contiguous(b_in), w_out.contiguous(), y, shape.tokens,
         E=shape.width_in, O=shape.width_out, LEVELS=shape.levels, STEP=step, ROWS=rows, PATH=path_size,
-        BLOCK_E=block_in, BLOCK_O=block_out, BIAS=b_in is not None, warps=warps,
+        BLOCK_E=block_in, BLOCK_O=block_out, BIAS=b_in is not None, KIND=kind_of(activation), warps=warps,
     )  # fmt: skip
     total = y[0] if shape.trees == 1 else y.sum(0).to(x.dtype)
     return total.reshape(*x.shape[:-1], shape.width_out)
@@ -141,6 +158,7 @@ def grouped(
     w_in: Float[Tensor, "K n E"],
     b_in: Float[Tensor, "K n"] | None,
     w_out: Float[Tensor, "K n O"],
+    activation: str = "gelu",
 ) -> Float[Tensor, "*B O"]:
     """Evaluate by tiles of tokens that reach the same subtree.
 
@@ -149,7 +167,7 @@ def grouped(
     shape = shape_of(x, w_in, b_in, w_out, grouping=True)
     rows = x.reshape(shape.tokens, shape.width_in).contiguous()
     w_in, b_in, w_out = w_in.contiguous(), _contiguous(b_in), w_out.contiguous()
-    y, _, _ = forward(shape, rows, w_in, b_in, w_out, group(shape, rows, w_in, b_in), save=False)
+    y = forward(shape, rows, w_in, b_in, w_out, group(shape, rows, w_in, b_in), activation)[0]
     return y.reshape(*x.shape[:-1], shape.width_out)
 
 
@@ -183,7 +201,7 @@ def shape_of(
     columns = max(16, power_of_two(2**low - 1 + top))
     tokens = x[..., 0].numel()
     each = tokens / 2**top
-    tile = 16 if each <= 24 else 32 if each <= 48 or columns > 64 else 64
+    tile = 16 if each <= 24 else 32 if each <= 48 or columns > 128 else 64
     return Shape(tokens, w_in.shape[0], x.shape[-1], w_out.shape[2], levels, top, low, tile, columns)
 
 
@@ -208,7 +226,7 @@ def group(shape: Shape, x: Tensor, w_in: Tensor, b_in: Tensor | None) -> Groups:
     )  # fmt: skip
     kernels.launch(
         kernels.count_kernel, (shape.trees,), counts, starts, tiles,
-        GROUPS=shape.groups, TILES=max(8192 // shape.groups, 1),
+        GROUPS=shape.groups, TILES=max(4096 // shape.groups, 1),
     )  # fmt: skip
     kernels.launch(
         kernels.place_kernel, (tiles, shape.trees), reached, counts, starts, order, shape.tokens,
@@ -218,7 +236,14 @@ def group(shape: Shape, x: Tensor, w_in: Tensor, b_in: Tensor | None) -> Groups:
 
 
 def forward(
-    shape: Shape, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, groups: Groups, save: bool
+    shape: Shape,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    groups: Groups,
+    activation: str,
+    save: bool = False,
 ) -> tuple[Float[Tensor, "T O"], Int[Tensor, "K T"], Float[Tensor, "K T levels"]]:
     """y of grouped tokens; with `save` also each token's leaf (numbered in its subtree's heap) and logits z."""
     dtype = x.dtype if shape.trees == 1 else torch.float32
@@ -234,9 +259,18 @@ def forward(
             E=shape.width_in, O=shape.width_out, TOP=shape.top, LOW=shape.low, TILE=shape.tile,
             COLUMNS=shape.columns, BLOCK_E=block_of(shape.width_in, x.dtype),
             BLOCK_O=block_of(shape.width_out, x.dtype), BIAS=b_in is not None, ADD=tree > 0, SAVE=save,
-            PRECISION="ieee", warps=8 if shape.tile * shape.columns > 4096 else 4,
+            PRECISION="ieee", KIND=kind_of(activation), warps=8 if shape.tile * shape.columns > 4096 else 4,
         )  # fmt: skip
     return y.to(x.dtype), leaf, z
+
+
+def kind_of(activation: str) -> int:
+    """The kernels' number of an activation.
+
+    Raises: RequestError where there is none of that name.
+    """
+    activation_function(activation)
+    return ACTIVATIONS[activation]
 
 
 def block_of(width: int, dtype: torch.dtype) -> int:

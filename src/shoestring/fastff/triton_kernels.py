@@ -26,9 +26,9 @@ except ImportError:  # a CPU-only PyTorch
     triton = None
 
 __all__ = [
+    "activate",
     "columns_of_group",
     "count_kernel",
-    "gelu",
     "group_forward_kernel",
     "jit",
     "launch",
@@ -36,6 +36,7 @@ __all__ = [
     "path_kernel",
     "place_kernel",
     "route_kernel",
+    "slope",
     "tile_of_group",
 ]
 
@@ -59,9 +60,31 @@ def launch(
 
 
 @jit
-def gelu(z):
-    """The exact one, by erf."""
-    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+def activate(z, KIND: tl.constexpr):
+    """The activation numbered KIND in `functional.ACTIVATIONS`; 0 of 0, NaN of NaN."""
+    if KIND == 0:
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif KIND == 1:  # the tanh of u, by the sigmoid of 2u
+        return z * tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+    elif KIND == 2:
+        return tl.where(z <= 0.0, 0.0, z)
+    else:
+        return z * tl.sigmoid(z)
+
+
+@jit
+def slope(z, KIND: tl.constexpr):
+    """Its derivative."""
+    if KIND == 0:  # the normal distribution, and z times its density
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif KIND == 1:
+        s = tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif KIND == 2:
+        return tl.where(z > 0.0, 1.0, 0.0)
+    else:
+        s = tl.sigmoid(z)
+        return s * (1.0 + z * (1.0 - s))
 
 
 @jit
@@ -69,6 +92,7 @@ def path_kernel(
     x_ptr, w_in_ptr, b_in_ptr, w_out_ptr, y_ptr, tokens,
     E: tl.constexpr, O: tl.constexpr, LEVELS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
     PATH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr, BIAS: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, trees): y[tree, token] (O), the sum over a path. ROWS >= 2^STEP - 1, PATH >= LEVELS."""
     NODES: tl.constexpr = 2**LEVELS - 1
@@ -117,7 +141,7 @@ def path_kernel(
                 here = 2 * here + right
                 heap = 2 * heap + right
 
-    acts = gelu(acts)
+    acts = activate(acts, KIND)
     for start in tl.static_range(0, O, BLOCK_O):
         o = start + tl.arange(0, BLOCK_O)
         w = tl.load(
@@ -254,7 +278,7 @@ def group_forward_kernel(
     x_ptr, w_in_ptr, b_in_ptr, w_out_ptr, order_ptr, starts_ptr, y_ptr, leaf_ptr, z_ptr,
     E: tl.constexpr, O: tl.constexpr, TOP: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr, BIAS: tl.constexpr,
-    ADD: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles,) of one tree: y[token] (O), added to what is there if ADD; SAVE keeps leaf and z (levels)."""
     LEVELS: tl.constexpr = TOP + LOW
@@ -289,7 +313,7 @@ def group_forward_kernel(
     if SAVE:
         tl.store(leaf_ptr + token, leaf, mask=inside)
         tl.store(z_ptr + token[:, None] * LEVELS + level[None, :], z, mask=on & inside[:, None])
-    acts = tl.where(on, gelu(z), 0.0).to(w_out_ptr.dtype.element_ty)
+    acts = tl.where(on, activate(z, KIND), 0.0).to(w_out_ptr.dtype.element_ty)
     o = tl.arange(0, BLOCK_O)
     for first in range(0, O, BLOCK_O):
         column = first + o
