@@ -156,16 +156,14 @@ def weight_gradient(
     out = rows.new_empty(shape.trees, nodes, width, dtype=dtype)
     out_bias = rows.new_empty((shape.trees, nodes) if bias else 0, dtype=bias_dtype or torch.float32)
     above = torch.empty(splits, shape.groups, shape.top, width, **wide)
-    above_bias = torch.empty(splits, shape.groups, shape.top if bias else 0, **wide)
+    # The parts of the subtrees' nodes, then those of the groups' ancestors.
+    parts_bias = torch.empty(splits * (nodes + shape.groups * shape.top) if bias else 0, **wide)
     for tree in range(shape.trees):
-        target, target_bias = out[tree], out_bias[tree] if bias else out_bias
-        if splits > 1:
-            target = torch.empty(splits, nodes, width, **wide)
-            target_bias = torch.empty(splits, nodes, **wide)
+        target = out[tree] if splits == 1 else torch.empty(splits, nodes, width, **wide)
         launch(
             weight_gradient_kernel, (shape.groups, blocks, splits),
             rows, z[tree], leaf[tree], groups.order[tree], groups.starts[tree],
-            target, above, target_bias, above_bias,
+            target, above, parts_bias,
             W=width, TOP=shape.top, LOW=shape.low, TILE=tile, COLUMNS=shape.columns, BLOCK=block, SPLITS=splits,
             KIND=-1 if activation is None else kind_of(activation), BIAS=bias, PRECISION="ieee",
             warps=8 if shape.columns * block > 4096 else 4,
@@ -177,10 +175,9 @@ def weight_gradient(
             W=width, TOP=shape.top, SPLITS=splits, BLOCK=block,
         )  # fmt: skip
         if bias:
-            if splits > 1:
-                out_bias[tree] = target_bias.sum(0)
+            out_bias[tree] = parts_bias[: splits * nodes].view(splits, nodes).sum(0)
             launch(
-                fold_kernel, (shape.groups - 1, 1), above_bias, out_bias[tree],
+                fold_kernel, (shape.groups - 1, 1), parts_bias[splits * nodes :], out_bias[tree],
                 W=1, TOP=shape.top, SPLITS=splits, BLOCK=16,
             )  # fmt: skip
     return out, out_bias
@@ -243,11 +240,14 @@ def group_backward_kernel(
 
 @jit
 def weight_gradient_kernel(
-    rows_ptr, z_ptr, leaf_ptr, order_ptr, starts_ptr, out_ptr, above_ptr, bias_ptr, above_bias_ptr,
+    rows_ptr, z_ptr, leaf_ptr, order_ptr, starts_ptr, out_ptr, above_ptr, bias_ptr,
     W: tl.constexpr, TOP: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups, blocks of W, splits): out[split, node] (W) of the subtree, above[split, group, level] (W)."""
+    """Grid (groups, blocks of W, splits): out[split, node] (W) of the subtree, above[split, group, level] (W).
+
+    With BIAS the sums of z as well, laid out in `bias` like out and then above with W = 1.
+    """
     LEVELS: tl.constexpr = TOP + LOW  # noqa: N806
     group = tl.program_id(0)
     split = tl.program_id(2)
@@ -283,10 +283,9 @@ def weight_gradient_kernel(
     tl.store(
         above_ptr + above_row[:, None] * W + column[None, :], total, mask=(valid & (below < 0))[:, None] & known
     )
-    if BIAS:
-        first_block = tl.program_id(1) == 0
-        tl.store(bias_ptr + out_row, sums, mask=subtree & first_block)
-        tl.store(above_bias_ptr + above_row, sums, mask=valid & (below < 0) & first_block)
+    if BIAS:  # one store: a loop's reduction with two uses fails in Triton 3.6
+        above_row += SPLITS * (2**LEVELS - 1)
+        tl.store(bias_ptr + tl.where(subtree, out_row, above_row), sums, mask=valid & (tl.program_id(1) == 0))
 
 
 @jit
