@@ -5,6 +5,7 @@ y (..., O). fp32, bf16 or fp16, all but b_in alike; sums are in fp32 and in the 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class Shape(NamedTuple):
 
     @property
     def groups(self) -> int:
+        """Subtrees that tokens are grouped by."""
         return 2**self.top
 
     @property
@@ -80,7 +82,9 @@ def choose(batch: int, width: int, depth: int, dtype: torch.dtype, trees: int = 
     """
     levels = depth + 1
     if levels <= 5 and trees > 4:
-        return Plan("masked")  # many shallow trees: hardly a neuron is saved, and cuBLAS is faster at the same work
+        return Plan(
+            "masked"
+        )  # many shallow trees: hardly a neuron is saved, and cuBLAS is faster at the same work
     row = width * dtype.itemsize
     walked, layer = batch * levels * row, (2**levels - 1) * row
     if levels <= MAX_GROUPED_LEVELS and walked > _WALK_LIMIT * layer and batch >= 16:
@@ -171,9 +175,7 @@ def grouped(
     return y.reshape(*x.shape[:-1], shape.width_out)
 
 
-def shape_of(
-    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, grouping: bool = False
-) -> Shape:
+def shape_of(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, grouping: bool = False) -> Shape:
     """Check the tensors against each other and derive the layer's sizes.
 
     Raises: RequestError with the shapes, types or devices that don't fit.
@@ -190,9 +192,13 @@ def shape_of(
         )
     types = {tensor.dtype for tensor in tensors[:3]}
     if len(types) > 1 or not types <= {torch.float32, torch.bfloat16, torch.float16}:
-        raise RequestError(f"x, w_in and w_out must all be float32, bfloat16 or float16, not {sorted(map(str, types))}")
+        raise RequestError(
+            f"x, w_in and w_out must all be float32, bfloat16 or float16, not {sorted(map(str, types))}"
+        )
     if len({tensor.device for tensor in tensors}) > 1:
-        raise RequestError(f"tensors on several devices: {sorted({str(tensor.device) for tensor in tensors})}")
+        raise RequestError(
+            f"tensors on several devices: {sorted({str(tensor.device) for tensor in tensors})}"
+        )
     levels = nodes.bit_length()
     if grouping and levels > MAX_GROUPED_LEVELS:
         raise RequestError(f"grouping takes at most {MAX_GROUPED_LEVELS} levels, not {levels}: use path")
@@ -211,13 +217,13 @@ def group(shape: Shape, x: Tensor, w_in: Tensor, b_in: Tensor | None) -> Groups:
         order = torch.arange(shape.tokens, dtype=torch.int32, device=x.device).expand(shape.trees, -1)
         starts = torch.tensor([0, shape.tokens], dtype=torch.int32).to(x.device, non_blocking=True)
         return Groups(order.contiguous(), starts.repeat(shape.trees, 1))
-    integers = {"dtype": torch.int32, "device": x.device}
+    integers = partial(torch.empty, dtype=torch.int32, device=x.device)
     tile = 16 if shape.tokens <= 2048 else 32 if shape.tokens <= 8192 else 64
     tiles = -(-shape.tokens // tile)
-    reached = torch.empty(shape.trees, shape.tokens, **integers)
-    counts = torch.empty(shape.trees, tiles, shape.groups, **integers)
-    order = torch.empty(shape.trees, shape.tokens, **integers)
-    starts = torch.zeros(shape.trees, shape.groups + 1, **integers)
+    reached = integers(shape.trees, shape.tokens)
+    counts = integers(shape.trees, tiles, shape.groups)
+    order = integers(shape.trees, shape.tokens)
+    starts = integers(shape.trees, shape.groups + 1)
     kernels.launch(
         kernels.route_kernel, (tiles, shape.trees), x, w_in, b_in, reached, counts, shape.tokens,
         E=shape.width_in, LEVELS=shape.levels, TOP=shape.top, TILE=tile, COLUMNS=max(16, shape.groups),

@@ -10,7 +10,7 @@ Nodes are numbered as in a heap: from 0 in memory, from 1 where children are 2h 
 Triton is absent; `launch` then says so.
 """
 
-# ruff: noqa: N803, N806
+# ruff: noqa: E741, N803, N806, RET505
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations  # annotations as text: they name Triton, which may be absent
 
@@ -193,9 +193,7 @@ def route_kernel(
 
 
 @jit
-def count_kernel(
-    counts_ptr, starts_ptr, tiles, GROUPS: tl.constexpr, TILES: tl.constexpr
-):
+def count_kernel(counts_ptr, starts_ptr, tiles, GROUPS: tl.constexpr, TILES: tl.constexpr):
     """Grid (trees,): counts (tiles, GROUPS) become the sums of the tiles before; starts (GROUPS + 1) of the groups."""
     tree = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
@@ -262,7 +260,9 @@ def columns_of_group(group, TOP: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.co
     inside = local < 2**LOW
     up = local - 2**LOW
     valid = inside | (up < TOP)
-    heap = tl.where(inside, (root << below) + local - (1 << below), root >> tl.maximum(TOP - tl.maximum(up, 0), 0))
+    heap = tl.where(
+        inside, (root << below) + local - (1 << below), root >> tl.maximum(TOP - tl.maximum(up, 0), 0)
+    )
     level = tl.where(inside, TOP + below, up)
     return tl.where(valid, heap - 1, 0), tl.where(valid, level, 0), local, tl.where(inside, below, -1), valid
 
@@ -296,10 +296,14 @@ def group_forward_kernel(
     for first in range(0, E, BLOCK_E):
         column = first + e
         x = tl.load(
-            x_ptr + token[:, None] * E + column[None, :], mask=inside[:, None] & (column < E)[None, :], other=0.0
+            x_ptr + token[:, None] * E + column[None, :],
+            mask=inside[:, None] & (column < E)[None, :],
+            other=0.0,
         )
         w = tl.load(
-            w_in_ptr + node[None, :] * E + column[:, None], mask=valid[None, :] & (column < E)[:, None], other=0.0
+            w_in_ptr + node[None, :] * E + column[:, None],
+            mask=valid[None, :] & (column < E)[:, None],
+            other=0.0,
         )
         z = tl.dot(x, w, z, input_precision=PRECISION)
     if BIAS:
@@ -318,7 +322,9 @@ def group_forward_kernel(
     for first in range(0, O, BLOCK_O):
         column = first + o
         w = tl.load(
-            w_out_ptr + node[:, None] * O + column[None, :], mask=valid[:, None] & (column < O)[None, :], other=0.0
+            w_out_ptr + node[:, None] * O + column[None, :],
+            mask=valid[:, None] & (column < O)[None, :],
+            other=0.0,
         )
         y = tl.dot(acts, w, input_precision=PRECISION)
         at = y_ptr + token[:, None] * O + column[None, :]

@@ -6,9 +6,11 @@ its group's tokens in order, an ancestor's over the groups below it: no atomics,
 Routing has no gradient of its own (arXiv 2311.10770, section 3): the hyperplane is the neuron.
 """
 
-# ruff: noqa: N803
+# ruff: noqa: E741, N803, N806
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations  # annotations as text: they name Triton, which may be absent
+
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -24,7 +26,15 @@ from shoestring.fastff.triton_inference import (
     power_of_two,
     shape_of,
 )
-from shoestring.fastff.triton_kernels import activate, columns_of_group, jit, launch, on_path, slope, tile_of_group
+from shoestring.fastff.triton_kernels import (
+    activate,
+    columns_of_group,
+    jit,
+    launch,
+    on_path,
+    slope,
+    tile_of_group,
+)
 
 try:
     import triton.language as tl
@@ -107,7 +117,9 @@ def _backward(
             warps=8 if shape.tile * shape.columns > 4096 else 4,
         )  # fmt: skip
     groups = Groups(order, starts)
-    dw_in, db = weight_gradient(shape, x, dz, leaf, groups, w_in.dtype, None, None if b_in is None else b_in.dtype)
+    dw_in, db = weight_gradient(
+        shape, x, dz, leaf, groups, w_in.dtype, None, None if b_in is None else b_in.dtype
+    )
     dw_out, _ = weight_gradient(shape, grad, z, leaf, groups, w_out.dtype, activation, None)
     return dx.to(x.dtype), dw_in, db, dw_out
 
@@ -152,14 +164,14 @@ def weight_gradient(
     blocks, tile = -(-width // block), 64 if rows.dtype != torch.float32 and shape.columns <= 128 else 32
     # Few groups: their tokens are shared out, and the parts are added. Many: each is one program's.
     splits = max(1, min(_PROGRAMS // (shape.groups * blocks), shape.tokens // 512))
-    wide = {"dtype": torch.float32, "device": rows.device}
+    wide = partial(torch.empty, dtype=torch.float32, device=rows.device)
     out = rows.new_empty(shape.trees, nodes, width, dtype=dtype)
     out_bias = rows.new_empty((shape.trees, nodes) if bias else 0, dtype=bias_dtype or torch.float32)
-    above = torch.empty(splits, shape.groups, shape.top, width, **wide)
+    above = wide(splits, shape.groups, shape.top, width)
     # The parts of the subtrees' nodes, then those of the groups' ancestors.
-    parts_bias = torch.empty(splits * (nodes + shape.groups * shape.top) if bias else 0, **wide)
+    parts_bias = wide(splits * (nodes + shape.groups * shape.top) if bias else 0)
     for tree in range(shape.trees):
-        target = out[tree] if splits == 1 else torch.empty(splits, nodes, width, **wide)
+        target = out[tree] if splits == 1 else wide(splits, nodes, width)
         launch(
             weight_gradient_kernel, (shape.groups, blocks, splits),
             rows, z[tree], leaf[tree], groups.order[tree], groups.starts[tree],
@@ -194,7 +206,7 @@ def group_backward_kernel(
     PRECISION: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles,) of one tree: dz[token] (levels) and dx[token] (E), added to what is there if ADD."""
-    LEVELS: tl.constexpr = TOP + LOW  # noqa: N806
+    LEVELS: tl.constexpr = TOP + LOW
     group, start, end = tile_of_group(starts_ptr, tl.program_id(0), 2**TOP, TILE)
     if group == 2**TOP:
         return
@@ -209,10 +221,14 @@ def group_backward_kernel(
     for first in range(0, O, BLOCK_O):
         column = first + o
         grad = tl.load(
-            grad_ptr + token[:, None] * O + column[None, :], mask=inside[:, None] & (column < O)[None, :], other=0.0
+            grad_ptr + token[:, None] * O + column[None, :],
+            mask=inside[:, None] & (column < O)[None, :],
+            other=0.0,
         )
         w = tl.load(
-            w_out_ptr + node[None, :] * O + column[:, None], mask=valid[None, :] & (column < O)[:, None], other=0.0
+            w_out_ptr + node[None, :] * O + column[:, None],
+            mask=valid[None, :] & (column < O)[:, None],
+            other=0.0,
         )
         da = tl.dot(grad, w, da, input_precision=PRECISION)
 
@@ -228,7 +244,9 @@ def group_backward_kernel(
     for first in range(0, E, BLOCK_E):
         column = first + e
         w = tl.load(
-            w_in_ptr + node[:, None] * E + column[None, :], mask=valid[:, None] & (column < E)[None, :], other=0.0
+            w_in_ptr + node[:, None] * E + column[None, :],
+            mask=valid[:, None] & (column < E)[None, :],
+            other=0.0,
         )
         dx = tl.dot(factor, w, input_precision=PRECISION)
         target = dx_ptr + token[:, None] * E + column[None, :]
@@ -248,7 +266,7 @@ def weight_gradient_kernel(
 
     With BIAS the sums of z as well, laid out in `bias` like out and then above with W = 1.
     """
-    LEVELS: tl.constexpr = TOP + LOW  # noqa: N806
+    LEVELS: tl.constexpr = TOP + LOW
     group = tl.program_id(0)
     split = tl.program_id(2)
     node, level, local, below, valid = columns_of_group(group, TOP, LOW, COLUMNS)
@@ -272,7 +290,9 @@ def weight_gradient_kernel(
         if KIND >= 0:
             z = activate(z, KIND)
         row = tl.load(
-            rows_ptr + token[:, None] * W + column[None, :], mask=inside[:, None] & (column < W)[None, :], other=0.0
+            rows_ptr + token[:, None] * W + column[None, :],
+            mask=inside[:, None] & (column < W)[None, :],
+            other=0.0,
         )
         total = tl.dot(z.to(row.dtype), row, total, input_precision=PRECISION)
     known = (column < W)[None, :]
@@ -281,7 +301,9 @@ def weight_gradient_kernel(
     tl.store(out_ptr + out_row[:, None] * W + column[None, :], total, mask=subtree[:, None] & known)
     above_row = (split.to(tl.int64) * 2**TOP + group) * TOP + level
     tl.store(
-        above_ptr + above_row[:, None] * W + column[None, :], total, mask=(valid & (below < 0))[:, None] & known
+        above_ptr + above_row[:, None] * W + column[None, :],
+        total,
+        mask=(valid & (below < 0))[:, None] & known,
     )
     if BIAS:  # one store: a loop's reduction with two uses fails in Triton 3.6
         above_row += SPLITS * (2**LEVELS - 1)
@@ -293,7 +315,7 @@ def fold_kernel(
     above_ptr, out_ptr, W: tl.constexpr, TOP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Grid (nodes of the top levels, blocks of W): out[node] (W), the sum over the groups below it."""
-    GROUPS: tl.constexpr = 2**TOP  # noqa: N806
+    GROUPS: tl.constexpr = 2**TOP
     node = tl.program_id(0)
     heap = node + 1
     level = 0
