@@ -74,28 +74,25 @@ class Groups(NamedTuple):
     starts: Int[Tensor, "K G"]
 
 
+# Estimates of an H100. What they cost is `chosen_over_best` in benchmarks/fast_feedforward_gpu.py.
+_WALK_LIMIT = 2.0  # rows are read about twice as fast from the L2 cache as a whole layer from memory
+_FEW_PROGRAMS = 64  # about half the processors: programs that wait for memory alone
+
+
 def choose(batch: int, width: int, depth: int, dtype: torch.dtype, trees: int = 1) -> Plan:
     """Choose the way for `batch` tokens: by the bytes that walking reads against the layer's own.
 
-    A walk reads depth + 1 rows of both matrices per token, twice as fast (from the L2 cache) as a whole layer comes
-    from memory; grouping reads the layer once. Few programs wait for memory, so they read levels ahead.
+    A walk reads depth + 1 rows of both matrices per token, grouping the whole layer once. Few programs wait for
+    memory, so they read levels ahead, as far as the rows of a step fit the registers.
     """
     levels = depth + 1
-    if levels <= 5 and trees > 4:
-        return Plan(
-            "masked"
-        )  # many shallow trees: hardly a neuron is saved, and cuBLAS is faster at the same work
-    row = width * dtype.itemsize
-    walked, layer = batch * levels * row, (2**levels - 1) * row
-    if levels <= MAX_GROUPED_LEVELS and walked > _WALK_LIMIT * layer and batch >= 16:
+    if levels <= 5 and trees > 4:  # hardly a neuron is saved, and cuBLAS is faster at the same work
+        return Plan("masked")
+    if levels <= MAX_GROUPED_LEVELS and batch >= 16 and batch * levels > _WALK_LIMIT * (2**levels - 1):
         return Plan("grouped")
     if batch * trees <= _FEW_PROGRAMS:
-        return Plan("path", 3 if row <= 2048 and levels % 3 == 0 else 2)
+        return Plan("path", 3 if width * dtype.itemsize <= 2048 and levels % 3 == 0 else 2)
     return Plan("path", 1)
-
-
-_WALK_LIMIT = 2.0
-_FEW_PROGRAMS = 64
 
 
 def infer(
@@ -215,8 +212,9 @@ def group(shape: Shape, x: Tensor, w_in: Tensor, b_in: Tensor | None) -> Groups:
     """Route tokens (T, E) through the top levels of each tree and sort them by the subtree they reach."""
     if shape.top == 0:
         order = torch.arange(shape.tokens, dtype=torch.int32, device=x.device).expand(shape.trees, -1)
-        starts = torch.tensor([0, shape.tokens], dtype=torch.int32).to(x.device, non_blocking=True)
-        return Groups(order.contiguous(), starts.repeat(shape.trees, 1))
+        starts = torch.zeros(shape.trees, 2, dtype=torch.int32, device=x.device)
+        starts[:, 1] = shape.tokens
+        return Groups(order.contiguous(), starts)
     integers = partial(torch.empty, dtype=torch.int32, device=x.device)
     tile = 16 if shape.tokens <= 2048 else 32 if shape.tokens <= 8192 else 64
     tiles = -(-shape.tokens // tile)

@@ -17,6 +17,8 @@ from __future__ import annotations  # annotations as text: they name Triton, whi
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from shoestring.errors import MissingDependencyError
 
 try:
@@ -42,20 +44,22 @@ __all__ = [
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function itself where Triton is absent."""
-    return function if triton is None else triton.jit(function)
+    """`triton.jit` that compiles once for all batches, or the function itself where Triton is absent."""
+    return function if triton is None else triton.jit(function, do_not_specialize=["tokens", "tiles"])
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any
 ) -> None:
-    """Run a kernel over a grid; an empty grid is no work.
+    """Run a kernel over a grid, on its first tensor's device; an empty grid is no work.
 
     Raises: MissingDependencyError where Triton is absent.
     """
     if triton is None:
         raise MissingDependencyError("Triton kernels need triton: pip install triton (Linux, a CUDA PyTorch)")
-    if all(grid):
+    if not all(grid):
+        return
+    with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
 
 
