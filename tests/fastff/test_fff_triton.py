@@ -85,7 +85,7 @@ class Recorder:
 @pytest.mark.parametrize(
     ("tokens", "trees", "depth", "width", "dtype", "bias"),
     [
-        (16384, 1, 11, 768, torch.bfloat16, True), (128, 3, 3, 48, torch.float32, True),
+        (16384, 1, 11, 768, torch.bfloat16, True), (128, 1, 6, 48, torch.float32, True),
         (4096, 1, 13, 8192, torch.float16, False),
     ],
     ids=str,
