@@ -21,7 +21,13 @@ _PAGE: tl.constexpr = tl.constexpr(BLOCK_TOKENS)
 
 
 def move_rows(
-    table: Tensor, layout: DeviceLayout, *, layers: int, kv_heads: int, head_dim: int, cache_dtype: torch.dtype
+    table: Tensor,
+    layout: DeviceLayout,
+    *,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    cache_dtype: torch.dtype,
 ) -> None:
     """Move each slot's kept rows, in all layers, keys and values.
 
