@@ -23,6 +23,8 @@ _UNLIMITED = 32768
 _PROBE_SLOT = -3
 _PROBE_TOKENS = 12
 # Relative error of the fused step's logits against the module's own.
+# Rounded weights change logits by what rounding costs; those of a wrong kernel have nothing to do with the module's.
+_UNRELATED = 0.95
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
 
 
@@ -177,5 +179,5 @@ def _check(runner: CudaRunner, expected: Tensor, *, loose: bool) -> None:
         runner.release(_PROBE_SLOT)
         runner.clear()
     error_ = float((logits - expected).norm() / expected.norm())
-    if not error_ <= (0.5 if loose else _TOLERANCE[runner.dtype]):
+    if not error_ <= (_UNRELATED if loose else _TOLERANCE[runner.dtype]):
         raise UnsupportedModelError(f"the fused step differs from the module on this model (by {error_:.1g})")
