@@ -33,6 +33,18 @@ def chat(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
+def finished_run(path: Path) -> dict[str, Any]:
+    """A finished training run: its name, its recipe and its result."""
+    import yaml
+
+    from shoestring.training.folder import RunFolder
+
+    result = RunFolder(path).result()
+    if result is None:
+        raise SystemExit(f"{path} holds no finished run")
+    return {"run": path.name, "recipe": yaml.safe_load((path / "config.yaml").read_text()), **result}
+
+
 class ResumableRows:
     """Rows of a long measurement, one JSON object a line: a key that is in the file is not measured again."""
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from benchmarks.common import finished_run
 from shoestring.evaluation.results import write_result
 from shoestring.evaluation.translation import paired_bootstrap
-from shoestring.training.folder import RunFolder
 from shoestring.transformer.corpus import read_corpus, read_lines
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     arguments.add_argument("--at-once", type=int, default=1, help="how many of the runs shared the device")
     arguments.add_argument("--output", type=Path)
     asked = arguments.parse_args()
-    rows = [summary(path) for path in asked.runs]
+    rows = [finished_run(path) for path in asked.runs]
     parsing = {row["recipe"]["metric"] == "brackets" for row in rows}
     if len(parsing) > 1:
         raise SystemExit("translation runs and parsing runs have different scores: give one kind at a time")
@@ -48,14 +48,6 @@ def main() -> None:
     if asked.output:
         write_result(asked.output, result, asked.device)
     print(json.dumps(result))
-
-
-def summary(path: Path) -> dict[str, Any]:
-    result = RunFolder(path).result()
-    if result is None:
-        raise SystemExit(f"{path} holds no finished run")
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    return {"run": path.name, "recipe": config, **result}
 
 
 def difference(first: Path, other: Path) -> dict[str, Any] | None:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from benchmarks.common import finished_run
 from shoestring.evaluation.accuracy import wilson_interval
 from shoestring.evaluation.results import write_result
 from shoestring.fastff.bert_training import LOSSES_FILE
-from shoestring.training.folder import RunFolder
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     arguments.add_argument("--at-once", type=int, default=1, help="how many of the runs shared the device")
     arguments.add_argument("--output", type=Path)
     asked = arguments.parse_args()
-    classifiers = [finished(path) for path in asked.classifiers]
+    classifiers = [finished_run(path) for path in asked.classifiers]
     arms = [arm(path, classifiers) for path in asked.runs]
     check_alike(asked.runs, arms)
     differences = [difference(asked.runs[0], other) for other in asked.runs[1:]]
@@ -58,16 +57,8 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def finished(path: Path) -> dict[str, Any]:
-    result = RunFolder(path).result()
-    if result is None:
-        raise SystemExit(f"{path} holds no finished run")
-    recipe = yaml.safe_load((path / "config.yaml").read_text())
-    return {"run": path.name, "recipe": recipe, **result}
-
-
 def arm(path: Path, classifiers: list[dict[str, Any]]) -> dict[str, Any]:
-    row = finished(path)
+    row = finished_run(path)
     own = [c for c in classifiers if Path(c["model"]).resolve() == path.resolve()]
     if own:
         tests = [seed["test"] for seed in own[0]["seeds"]]

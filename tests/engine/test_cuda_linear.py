@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreted_triton import DEVICE
 
-from shoestring.engine.cuda.linear import LinearWorkspace, gated_linear, linear, linear_twin
+from shoestring.engine.cuda.linear import LinearWorkspace, gated_linear, launches, linear, linear_twin
 from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning, candidates, heuristic
 from shoestring.engine.cuda.weights import pack_weight
 from shoestring.errors import RequestError
@@ -128,7 +128,9 @@ def test_prefill(quantize):
 
 
 def test_no_rows_are_no_work():
-    linear(random(0, 64), pack_weight(random(8, 64)), torch.empty(0, 8, device=DEVICE))
+    x, weight, out = random(0, 64), pack_weight(random(8, 64)), torch.empty(0, 8, device=DEVICE)
+    assert not list(launches(x, weight, None, out))
+    linear(x, weight, out)
 
 
 def test_misfits_are_refused():

@@ -22,7 +22,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
 
-def run_cases(**environment: str) -> None:
+def assert_cases_pass(**environment: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -42,13 +42,13 @@ def run_cases(**environment: str) -> None:
 
 @pytest.mark.slow
 def test_interpreted_kernels() -> None:
-    run_cases(TRITON_INTERPRET="1")
+    assert_cases_pass(TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kernels_on_the_device() -> None:
-    run_cases(TRITON_INTERPRET="0")
+    assert_cases_pass(TRITON_INTERPRET="0")
 
 
 class Recorder:

@@ -8,7 +8,7 @@ from architectures import VOCABULARY
 from comparing import GREEDY, SAMPLED
 
 from shoestring.engine.runner import Outputs, Runner
-from shoestring.engine.tokentree import TokenTree
+from shoestring.engine.tokentree import NO_TOKEN, TokenTree
 
 TOLERANCE = 1e-4
 
@@ -63,3 +63,19 @@ def assert_driven_alike(runners: list[Runner], script, layers=()) -> None:
         for slot in slots:
             for runner in runners:
                 runner.release(slot)
+
+
+def assert_embeddings_and_masks_alike(runners: list[Runner]) -> None:
+    """A row with its own embedding, and one that only some tokens may follow."""
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(2))
+    allowed = torch.zeros(VOCABULARY, dtype=torch.bool)
+    allowed[[11, 23, 42]] = True
+    tree = TokenTree([3, NO_TOKEN, 5], [-1, 0, 1], embeddings={1: vector}, allowed={2: allowed})
+    results = []
+    for runner in runners:
+        runner.open(0, GREEDY)
+        results.append(runner.step({0: tree}, Outputs(logits=True, top_k=3))[0])
+        runner.release(0)
+    assert_same_results({0: tree}, {0: results[0]}, {0: results[1]})
+    assert results[1].next_token(2) == results[0].next_token(2)
+    assert results[1].next_token(2) in (11, 23, 42)

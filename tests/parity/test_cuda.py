@@ -20,14 +20,14 @@ from comparing import (
     run,
     runner_of,
 )
-from driving import assert_driven_alike, assert_same_results, random_tree
+from driving import assert_driven_alike, assert_embeddings_and_masks_alike, random_tree
 
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.engine.cuda.loading import runner_of_module
 from shoestring.engine.cuda.runner import CudaRunner
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
-from shoestring.engine.tokentree import NO_TOKEN, TokenTree
+from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError, UnsupportedModelError
 
 INTERPRETED = interpreted_triton.DEVICE == "cpu"
@@ -116,19 +116,7 @@ def test_a_long_prompt_passes_in_pieces_and_is_reused(monkeypatch):
 
 
 def test_rows_may_bring_embeddings_and_masks_of_allowed_tokens():
-    runners = [runner_of("qwen3"), fused("qwen3")]
-    vector = torch.randn(64, generator=torch.Generator().manual_seed(2))
-    allowed = torch.zeros(VOCABULARY, dtype=torch.bool)
-    allowed[[11, 23, 42]] = True
-    tree = TokenTree([3, NO_TOKEN, 5], [-1, 0, 1], embeddings={1: vector}, allowed={2: allowed})
-    results = []
-    for runner in runners:
-        runner.open(0, GREEDY)
-        results.append(runner.step({0: tree}, Outputs(logits=True, top_k=3))[0])
-        runner.release(0)
-    assert_same_results({0: tree}, {0: results[0]}, {0: results[1]})
-    assert results[1].next_token(2) == results[0].next_token(2)
-    assert results[1].next_token(2) in (11, 23, 42)
+    assert_embeddings_and_masks_alike([runner_of("qwen3"), fused("qwen3")])
 
 
 def test_it_is_a_runner_and_refuses_what_it_cannot_do():

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from architectures import ADMITTED, SLIDING_WINDOW, VOCABULARY
+from architectures import ADMITTED, SLIDING_WINDOW
 from comparing import (
     GREEDY,
     SAMPLED,
@@ -21,7 +21,7 @@ from comparing import (
     run,
     runner_of,
 )
-from driving import assert_driven_alike, assert_same_results, random_tree
+from driving import assert_driven_alike, assert_embeddings_and_masks_alike, assert_same_results, random_tree
 
 from shoestring.decoding import decode as decode_module
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
@@ -29,7 +29,7 @@ from shoestring.decoding.drafters.ngram import NgramDrafter
 from shoestring.engine.native_runner import NativeRunner
 from shoestring.engine.runner import Outputs
 from shoestring.engine.sampling import SamplingOptions
-from shoestring.engine.tokentree import NO_TOKEN, TokenTree
+from shoestring.engine.tokentree import TokenTree
 
 native = pytest.importorskip("shoestring._native", reason="built without the native part")
 
@@ -155,19 +155,7 @@ def test_a_prefix_shared_with_a_live_slot_gives_the_same_tokens(name):
 
 
 def test_rows_may_bring_embeddings_and_masks_of_allowed_tokens(name):
-    runners = [runner_of(name), native_of(name)]
-    vector = torch.randn(64, generator=torch.Generator().manual_seed(2))
-    allowed = torch.zeros(VOCABULARY, dtype=torch.bool)
-    allowed[[11, 23, 42]] = True
-    tree = TokenTree([3, NO_TOKEN, 5], [-1, 0, 1], embeddings={1: vector}, allowed={2: allowed})
-    results = []
-    for runner in runners:
-        runner.open(0, GREEDY)
-        results.append(runner.step({0: tree}, Outputs(logits=True, top_k=3))[0])
-        runner.release(0)
-    assert_same_results({0: tree}, {0: results[0]}, {0: results[1]})
-    assert results[1].next_token(2) == results[0].next_token(2)
-    assert results[1].next_token(2) in (11, 23, 42)
+    assert_embeddings_and_masks_alike([runner_of(name), native_of(name)])
 
 
 def test_rows_out_of_order_can_be_kept():

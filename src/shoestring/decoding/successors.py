@@ -20,10 +20,8 @@ __all__ = ["WIDTH", "measure_successors", "remembered_successors"]
 WIDTH = 8
 _ROWS = 128
 _SLOT = -3
-_CHECKED, _SAME = (
-    16,
-    12,
-)  # tokens measured again to tell whether a table is this model's, and how many must agree
+# Tokens measured again to tell whether a table is this model's, and how many must agree.
+_CHECKED, _SAME = 16, 12
 _SECONDS, _LEAST_BATCHES = 6.0, 6
 
 

@@ -10,7 +10,7 @@ from shoestring.engine import admission
 from shoestring.engine.attention import StepLayout, active_step, additive_mask, register_attention
 from shoestring.engine.kvcache import KVCache
 from shoestring.engine.results import SlotResults
-from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
+from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult, check_step
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
@@ -100,13 +100,9 @@ class HFRunner:
 
     def step(self, trees: Mapping[int, TokenTree], want: Outputs = NEXT_TOKENS) -> StepResult:
         """One forward pass over the slots' trees, packed into one sequence."""
-        if not trees:
-            raise RequestError("a step needs at least one slot's tree")
         cached = {slot: self.cache.length(slot) for slot in trees}
+        check_step(trees, cached, self._limit)
         for slot, tree in trees.items():
-            deepest = cached[slot] + max(tree.depths) + 1
-            if self._limit is not None and deepest > self._limit:
-                raise RequestError(f"the step reaches position {deepest} of a model with {self._limit}")
             self.cache.reserve(slot, len(tree))
         layout = StepLayout.pack(trees, cached, self._device)
         rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}

@@ -13,7 +13,7 @@ from shoestring.engine.native_cache import NativeCache
 from shoestring.engine.native_weights import NativeConfig, as_native, config_of, tensors_of
 from shoestring.engine.native_weights import why_not as why_not_config
 from shoestring.engine.results import NOT_FINITE, SlotResults
-from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
+from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult, check_step
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError, UnsupportedModelError
@@ -164,14 +164,9 @@ class NativeRunner:
 
     def step(self, trees: Mapping[int, TokenTree], want: Outputs = NEXT_TOKENS) -> StepResult:
         """One forward pass over the slots' trees, packed into one sequence."""
-        if not trees:
-            raise RequestError("a step needs at least one slot's tree")
         cached = {slot: self.cache.length(slot) for slot in trees}
-        limit = self.config.max_positions
+        check_step(trees, cached, self.config.max_positions)
         for slot, tree in trees.items():
-            deepest = cached[slot] + max(tree.depths) + 1
-            if limit is not None and deepest > limit:
-                raise RequestError(f"the step reaches position {deepest} of a model with {limit}")
             self.cache.reserve(slot, len(tree))
         rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
         firsts = dict(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
+from shoestring.errors import RequestError
 
 __all__ = [
     "NEXT_TOKENS",
@@ -17,6 +18,7 @@ __all__ = [
     "RowResults",
     "Runner",
     "StepResult",
+    "check_step",
     "free_slot",
 ]
 
@@ -145,3 +147,13 @@ class Runner(Protocol):
 def free_slot(runner: Runner) -> int:
     """The lowest slot number that is not open: several streams may share one runner."""
     return next(slot for slot in count() if slot not in runner.slots)
+
+
+def check_step(trees: Mapping[int, TokenTree], cached: Mapping[int, int], limit: int | None) -> None:
+    """Raise RequestError for a step without slots, or one that reaches beyond the positions a model is right on."""
+    if not trees:
+        raise RequestError("a step needs at least one slot's tree")
+    for slot, tree in trees.items():
+        deepest = cached[slot] + max(tree.depths) + 1
+        if limit is not None and deepest > limit:
+            raise RequestError(f"the step reaches position {deepest} of a model with {limit}")

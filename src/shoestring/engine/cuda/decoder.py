@@ -183,7 +183,7 @@ class Decoder:
             hidden: layer -> [R, E], which receive hidden states (0: embeddings; L: behind the last norm).
         """
         config, dtype = self.config, self.dtype
-        rows, outputs = layout.bucket.rows, layout.bucket.output_rows
+        rows, outputs = layout.bucket.rows, layout.bucket.rows
         heads, kv_heads, dim = config.num_heads, config.num_key_value_heads, config.head_dim
         x, own = buffers.x[:rows], buffers.own[:rows]
         packed, attended = buffers.packed[:rows], buffers.attended[:rows]

@@ -50,7 +50,7 @@ class BucketStep:
         self.host = HostLayout(self.layout)
         self._plan = decoder.plan(bucket.slots, bucket.rows)
         self._workspace = Workspace.allocate([self._plan], decoder.device)
-        outputs = bucket.output_rows
+        outputs = bucket.rows
         self._candidates = Candidates.allocate(outputs, decoder.config.vocab_size, top_k, decoder.device)
         on_gpu = decoder.device.type == "cuda"
         self._chosen = torch.zeros(outputs * (1 + top_k), dtype=torch.int32, pin_memory=on_gpu)
@@ -62,7 +62,7 @@ class BucketStep:
     @property
     def logits(self) -> torch.Tensor:
         """The output rows' logits [O, V], float32, until the next step."""
-        return self.buffers.logits[: self.layout.bucket.output_rows]
+        return self.buffers.logits[: self.layout.bucket.rows]
 
     def launch(self, hidden: dict[int, torch.Tensor] | None = None, chooses: bool = True) -> None:
         """Copy in, launch everything, copy out; nothing is waited for."""
@@ -114,7 +114,7 @@ class BucketStep:
     def chosen(self) -> tuple[list[int], list[list[int]]]:
         """Each output row's next token and its likeliest tokens (waits)."""
         self.wait()
-        outputs = self.layout.bucket.output_rows
+        outputs = self.layout.bucket.rows
         return self._numbers[:outputs].tolist(), self._numbers[outputs:].reshape(outputs, self.top_k).tolist()
 
 

@@ -48,23 +48,16 @@ class Bucket:
     Args:
         slots: sequences in a step.
         rows: rows of all slots together.
-        outputs: rows whose next token is chosen; None: all.
         moves: rows that one slot's commit may move.
     """
 
     slots: int
     rows: int
-    outputs: int | None = None
     moves: int = MAX_TREE_ROWS
-
-    @property
-    def output_rows(self) -> int:
-        """Rows whose next token is chosen."""
-        return self.rows if self.outputs is None else self.outputs
 
     def sections(self) -> dict[str, tuple[int, ...]]:
         """Each field's shape, in the buffer's order."""
-        rows, slots, outputs = (self.rows,), (self.slots,), (self.output_rows,)
+        rows, slots, outputs = (self.rows,), (self.slots,), (self.rows,)
         return {
             "token": rows, "embedded": rows, "position": rows, "slot": rows, "tree_row": rows,
             "ancestors": (self.rows, _WORDS),
@@ -270,8 +263,8 @@ class HostLayout:
         views["key_low"][:total], views["key_high"][:total] = keys[0::2], keys[1::2]
 
     def _check_outputs(self, count: int) -> None:
-        if count > self.device_layout.bucket.output_rows:
-            raise RequestError(f"{count} outputs: the bucket has {self.device_layout.bucket.output_rows}")
+        if count > self.device_layout.bucket.rows:
+            raise RequestError(f"{count} outputs: the bucket has {self.device_layout.bucket.rows}")
 
     def _fill_moves(self, moves: Sequence[Moves]) -> None:
         views, limit = self._views, self.device_layout.bucket.moves

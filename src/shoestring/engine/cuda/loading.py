@@ -8,7 +8,7 @@ from torch import Tensor
 from shoestring.engine import admission
 from shoestring.engine.cuda.decoder import Decoder, LayerWeights
 from shoestring.engine.cuda.rows import RowNorm
-from shoestring.engine.cuda.runner import CudaRunner
+from shoestring.engine.cuda.runner import UNLIMITED, CudaRunner
 from shoestring.engine.cuda.weights import DeviceWeight, pack_weight
 from shoestring.engine.native_weights import NativeConfig, config_of, named_weights
 from shoestring.engine.runner import Outputs
@@ -19,7 +19,6 @@ from shoestring.errors import UnsupportedModelError
 __all__ = ["runner_of_module"]
 
 _HEAD_DIMS = range(16, 257)
-_UNLIMITED = 32768
 _PROBE_SLOT = -3
 _PROBE_TOKENS = 12
 # Relative error of the fused step's logits against the module's own.
@@ -43,7 +42,7 @@ def runner_of_module(
     reason = why_not(config, module)
     if reason is not None:
         raise UnsupportedModelError(reason)
-    positions = config.max_positions or _UNLIMITED
+    positions = config.max_positions or UNLIMITED
     expected = _module_logits(module, config) if probe else None
     runner = CudaRunner(
         _decoder(module, config, quantize, positions),
@@ -53,7 +52,7 @@ def runner_of_module(
         graphs=graphs,
     )
     if expected is not None:
-        _check(runner, expected, loose=quantize is not None)
+        _check(runner, _probe_tokens(config), expected, loose=quantize is not None)
     return runner
 
 
@@ -165,9 +164,8 @@ def _module_logits(module: torch.nn.Module, config: NativeConfig) -> Tensor:
     return logits.float()
 
 
-def _check(runner: CudaRunner, expected: Tensor, *, loose: bool) -> None:
+def _check(runner: CudaRunner, tokens: list[int], expected: Tensor, *, loose: bool) -> None:
     """Compare the fused step with the module on a chain of tokens; rounded weights are only held to be near."""
-    tokens = _probe_tokens(runner._decoder.config)
     runner.open(_PROBE_SLOT, SamplingOptions())
     try:
         found = runner.step({_PROBE_SLOT: TokenTree.chain(tokens)}, Outputs(logits=True))[_PROBE_SLOT]

@@ -17,14 +17,15 @@ from shoestring.engine.cuda.choose import MAX_TOP
 from shoestring.engine.cuda.decoder import Decoder
 from shoestring.engine.cuda.graphs import GRAPH_ROWS, BucketStep, BucketSteps
 from shoestring.engine.results import NOT_FINITE, SlotResults
-from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult
+from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult, check_step
 from shoestring.engine.sampling import SamplingOptions, next_tokens
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
 
-__all__ = ["CudaRunner"]
+__all__ = ["UNLIMITED", "CudaRunner"]
 
-_UNLIMITED = 32768  # positions, where nothing limits them
+UNLIMITED = 32768
+"""Positions, where nothing limits them."""
 
 
 class CudaRunner:
@@ -50,7 +51,7 @@ class CudaRunner:
         self._decoder, self._limit = decoder, max_positions
         self._weights, self._parameters = weights, parameters
         self.cache = PagedCache(
-            decoder.block_shape, decoder.dtype, decoder.device, max_positions or _UNLIMITED
+            decoder.block_shape, decoder.dtype, decoder.device, max_positions or UNLIMITED
         )
         self.steps = BucketSteps(decoder, self.cache.table, graphs, self._without_graphs)
         self._sampling: dict[int, SamplingOptions] = {}
@@ -65,7 +66,7 @@ class CudaRunner:
     @property
     def max_positions(self) -> int | None:
         """The most positions the model can be right on."""
-        return self._limit or _UNLIMITED
+        return self._limit or UNLIMITED
 
     @property
     def device(self) -> torch.device:
@@ -111,14 +112,9 @@ class CudaRunner:
 
     def step(self, trees: Mapping[int, TokenTree], want: Outputs = NEXT_TOKENS) -> StepResult:
         """One forward pass over the slots' trees, packed into one sequence."""
-        if not trees:
-            raise RequestError("a step needs at least one slot's tree")
         cached = {slot: self.cache.length(slot) for slot in trees}
-        limit = self.max_positions
+        check_step(trees, cached, self.max_positions)
         for slot, tree in trees.items():
-            deepest = cached[slot] + max(tree.depths) + 1
-            if limit is not None and deepest > limit:
-                raise RequestError(f"the step reaches position {deepest} of a model with {limit}")
             self.cache.reserve(slot, len(tree))
         rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
         self._trees = dict(trees)
