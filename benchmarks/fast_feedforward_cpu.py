@@ -4,9 +4,10 @@ A stack of layers that no cache holds, varied inputs, every token through all la
 contenders). Per token and layer: our kernel (one call for the stack), our modules called one by one, PyTorch's dense
 feedforward of as many neurons (4,095) and of BERT's 3,072, in float32 and bfloat16, on one thread and on all: the faster
 of the two counts. Contenders are interleaved; medians and ranges are over rounds, ratios are taken within a round.
-This is a layer's speed, not a model's: attention remains.
+This is a layer's speed, not a model's: attention remains. On a busy machine PyTorch's threads starve each other unless
+OMP_WAIT_POLICY=passive is set.
 
-    python -m benchmarks.fast_feedforward_cpu --output benchmarks/results/fast_feedforward_cpu.cpu-2threads-avx512_bf16.json
+    python -m benchmarks.fast_feedforward_cpu --output benchmarks/results/fast_feedforward_cpu.cpu-2threads-avx512.json
 """
 
 import argparse

@@ -125,7 +125,9 @@ struct Fastff::WholeJob final : Job {
 
   void work(int) override {
     Walk walk(*this, threads);
-    walk.phase(tokens, kChunk, [&](int64_t begin, int64_t end) {
+    // A few tokens are shared evenly: side by side they would be one thread's.
+    const int64_t grain = std::min(kChunk, (tokens + threads - 1) / threads);
+    walk.phase(tokens, grain, [&](int64_t begin, int64_t end) {
       owner.run_whole(x, y, begin, end, visited, logits);
     });
   }

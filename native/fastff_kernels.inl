@@ -29,9 +29,21 @@ inline void narrow_one(float x, uint16_t* out) {
 }
 inline void store_row(float* p, F16 x) { store(p, x); }
 inline void store_row(uint16_t* p, F16 x) {
+#if defined(__AVX512BF16__)
+  const __m256bh halves = _mm512_cvtneps_pbh(x);
+  std::memcpy(p, &halves, sizeof halves);
+#elif defined(__AVX512F__)
+  const __m512i bits = _mm512_castps_si512(x), upper = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+  const __m512i quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+  rounded = _mm512_mask_mov_epi32(rounded, static_cast<__mmask16>(not_a_number(x)), quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+#else
   float lanes[16];
   store(lanes, x);
   for (int i = 0; i < 16; ++i) narrow_one(lanes[i], p + i);
+#endif
 }
 
 // What a walk multiplies rows of weights W by.
