@@ -284,6 +284,30 @@ def llama_cpp() -> str:
     return "\n".join(parts)
 
 
+def gpu_step_cost() -> str:
+    """A step on a GPU by its rows, beside the time to read the weights."""
+    parts = []
+    for name, result in load_results("gpu-step-cost"):
+        for subject in result["subjects"]:
+            twin = {row["rows"]: row["step_ms"]["median"] for row in subject.get("twin", ())}
+            rows = [
+                [
+                    f"{row['rows']} rows, {row['slots']} sequence{'s' * (row['slots'] > 1)}",
+                    f"{row['replay_ms']['median']:.2f} ms",
+                    f"{row['step_ms']['median']:.2f} ms",
+                    f"{twin[row['rows']]:.1f} ms" if row["slots"] == 1 and row["rows"] in twin else "-",
+                ]
+                for row in subject["rows"]
+            ]
+            parts.append(
+                f"{subject['subject']}'s shape, {subject['weights']}, {result['context']} tokens cached, "
+                f"{result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); reading the weights at the measured "
+                f"{result['read_bytes_per_second'] / 1e12:.2f} TB/s takes {subject['floor_ms']:.2f} ms:\n\n"
+                + table(["", "the graph", "with the host", "transformers' modules"], rows)
+            )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "exactness": exactness,
     "tokens-per-step": tokens_per_step,
@@ -291,6 +315,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pass-steps": pass_steps,
     "pass-controls": pass_controls,
     "pass-speed": pass_speed,
+    "gpu-step-cost": gpu_step_cost,
     "llama-cpp": llama_cpp,
     "quantization": quantization,
     "quantization-quality": quantization_quality,
