@@ -301,8 +301,8 @@ def gpu_step_cost() -> str:
             ]
             parts.append(
                 f"{subject['subject']}'s shape, {subject['weights']}, {result['context']} tokens cached, "
-                f"{result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); reading the weights at the measured "
-                f"{result['read_bytes_per_second'] / 1e12:.2f} TB/s takes {subject['floor_ms']:.2f} ms:\n\n"
+                f"{result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); reading the weights at the "
+                f"measured {result['read_bytes_per_second'] / 1e12:.2f} TB/s takes {subject['floor_ms']:.2f} ms:\n\n"
                 + table(["", "the graph", "with the host", "transformers' modules"], rows)
             )
     return "\n".join(parts) or "Not measured yet.\n"
