@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from interpreted_triton import DEVICE
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoestring.engine.cuda.linear import LinearWorkspace, gated_linear, launches, linear, linear_twin
 from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning, candidates, heuristic
@@ -104,6 +105,26 @@ def test_norm_in_front_equals_norm_on_the_way(workspace):
         assert_near(out, rows, weight, norm=norm)
 
 
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_tiles_brought_by_the_copy_engine(workspace, split_k):
+    x, weights = random(18, 232), [pack_weight(random(40, 232, seed=seed)) for seed in (0, 1)]
+    config = replace(FEW, split_k=split_k, fuse_norm=False, tma=True)
+    residual, norm = random(18, 40, seed=3), RowNorm(random(232, seed=1))
+    launched = list(
+        launches(x, weights[0], None, residual, norm, None, residual, None, workspace, config=config)
+    )
+    assert len([one for one in launched[-1].arguments if isinstance(one, TensorDescriptor)]) == 3
+    out = residual.clone()
+    linear(x, weights[0], out, norm=norm, residual=out, workspace=workspace, config=config)
+    assert_near(out, x, weights[0], norm=norm, residual=residual)
+    gated_linear(x, *weights, out, norm=norm, workspace=workspace, config=config)
+    assert_near(out, x, *weights, norm=norm, activation="silu")
+    # Rows whose addresses the engine cannot take are read in the ordinary way.
+    odd = random(18, 235)[:, :232]
+    linear(odd, weights[0], out, workspace=workspace, config=config)
+    assert_near(out, odd, weights[0])
+
+
 def test_strided_rows_and_narrow_types():
     x = random(1, 200).bfloat16()
     weight = pack_weight(random(24, 96).bfloat16())
@@ -158,7 +179,7 @@ def test_heuristics_are_launchable(kind):
             problem = Problem(outputs, inputs, rows, kind, outputs == 960, compute)
             choices = candidates(problem)
             assert choices[0] == heuristic(problem)
-            assert len(set(choices)) == len(choices) <= 12
+            assert len(set(choices)) == len(choices) <= 100
             for config in choices:
                 assert config.kernel == "few_rows" or rows == 1
                 for size in (config.block_n, config.block_k, config.warps):

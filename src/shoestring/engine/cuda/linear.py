@@ -14,6 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoestring.engine.cuda.linear_kernels import few_rows_kernel
 from shoestring.engine.cuda.one_row_kernels import dequantize_kernel, norm_kernel, one_row_kernel
@@ -282,7 +283,7 @@ def launches(
     yield Launch(
         few_rows_kernel,
         (triton.cdiv(rows, config.block_m), tiles_n, config.split_k),
-        (*tensors, *scratch, rows, weight.outputs, x.stride(0), *strides, residual_stride, out.stride(0), epsilon),
+        (*tensors, *scratch, *_tiles(x, weight, second, config, norm is None), rows, weight.outputs, x.stride(0), *strides, residual_stride, out.stride(0), epsilon),
         {
             **constants, "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "SPLIT_K": config.split_k,
             "PTX": "" if interpreted or not config.ptx else _PTX.get(weight.dtype, ""),
@@ -290,6 +291,22 @@ def launches(
         config.warps,
         config.stages,
     )  # fmt: skip
+
+
+def _tiles(
+    x: Tensor, first: DeviceWeight, second: DeviceWeight, config: LaunchConfig, plain: bool
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None, TensorDescriptor | None]:
+    """Descriptors of x's and the weights' tiles for Hopper's copy engine, where it is to bring them and can."""
+    sources = (x, first.values, second.values)
+    able = config.tma and plain and first.kind == "dense" and x.dtype == first.dtype
+    if not able or any(one.data_ptr() % 16 or one.stride(0) * one.element_size() % 16 for one in sources):
+        return None, None, None
+    heights = (config.block_m, config.block_n, config.block_n)
+    made = [
+        TensorDescriptor(one, list(one.shape), list(one.stride()), [height, config.block_k])
+        for one, height in zip(sources, heights, strict=True)
+    ]
+    return made[0], made[1], made[2]
 
 
 def _prefill(

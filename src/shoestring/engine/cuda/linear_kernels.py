@@ -193,7 +193,7 @@ def _finish(
 @triton.jit(do_not_specialize=["rows", "outputs"])
 def few_rows_kernel(
     x, first, first_scales, second, second_scales, gain, bias, residual, out, shares, arrived,
-    rows, outputs, x_stride, values_stride, scales_stride, residual_stride, out_stride, epsilon,
+    x_tiles, first_tiles, second_tiles, rows, outputs, x_stride, values_stride, scales_stride, residual_stride, out_stride, epsilon,
     K: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr,
     ADDS_ONE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
@@ -202,6 +202,8 @@ def few_rows_kernel(
     """Grid (tiles of rows, tiles of outputs, SPLIT_K).
 
     Args:
+        x_tiles, first_tiles, second_tiles: descriptors of x [BLOCK_M, BLOCK_K] and of dense weights [BLOCK_N, BLOCK_K],
+            which Hopper's copy engine then brings, or None.
         shares: float32, for each tile and share BLOCK_N * BLOCK_M sums (twice where GATED) and BLOCK_M sums of squares.
         arrived: int32 for each tile, zero before and after.
     """
@@ -232,7 +234,15 @@ def few_rows_kernel(
     squares = tl.zeros((BLOCK_M, BLOCK_K if KIND == 0 else 32), tl.float32)
     # Stages named here hold for scales as well; as an option of the launch they would hold for the operands only.
     for trip in tl.range(first_trip, last_trip, num_stages=STAGES):
-        if KIND == 0:
+        if first_tiles is not None:
+            column = trip * BLOCK_K
+            right = tl.trans(x_tiles.load([tl.program_id(0) * BLOCK_M, column]))
+            weights = first_tiles.load([tl.program_id(1) * BLOCK_N, column])
+            sums = tl.dot(weights, right, sums, input_precision="ieee")
+            if GATED:
+                weights = second_tiles.load([tl.program_id(1) * BLOCK_N, column])
+                other = tl.dot(weights, right, other, input_precision="ieee")
+        elif KIND == 0:
             k = trip * BLOCK_K + tl.arange(0, BLOCK_K)
             tile, squares = _rows_of_x(
                 x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"

@@ -39,6 +39,7 @@ class LaunchConfig:
         lines: under programmatic launch, lines of 128 bytes of each row that are fetched into the L2 cache in advance.
         fuse_norm: take an RMSNorm on the way; else a small kernel in front does (needs a workspace).
         ptx: unpack int4 by hand-written instructions.
+        tma: let Hopper's copy engine bring dense weights and rows that need no norm on the way.
     """
 
     kernel: str
@@ -52,6 +53,7 @@ class LaunchConfig:
     lines: int = 0
     fuse_norm: bool = True
     ptx: bool = True
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,40 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
 
 
 def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[LaunchConfig]:
-    """Configurations worth measuring, the heuristic's first."""
+    """At most `most` configurations worth measuring, the heuristic's first; wide ones (for rows of which a tile is as large
+    as the weights') by how many programs share a multiprocessor."""
+    return list(dict.fromkeys([*_near_heuristic(problem, processors)[:most], *_filling(problem, processors)]))
+
+
+def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
+    """Dense tensor-core launches of just so many programs as run at once, with as much under way as fits."""
+    rows, itemsize = problem.bucket, 2
+    if problem.quantised or problem.compute == torch.float32 or rows < 16:
+        return []
+    block_m = min(rows, 64)
+    found = []
+    for block_n in (64, 128, 256):
+        tiles = -(-problem.outputs // block_n) * -(-rows // block_m)
+        for block_k in (64, 128):
+            trips = -(-problem.inputs // block_k)
+            stage = (block_n * (2 if problem.gated else 1) + block_m) * block_k * itemsize
+            for together in (1, 2, 3):
+                stages = min(8, 220_000 // together // stage)
+                split_k = max(1, together * processors // tiles)
+                if stages < 2 or (split_k > 1 and trips < 4 * split_k):
+                    continue
+                for tma in (True, False) if block_n == 128 else (True,):
+                    for warps in (4, 8) if block_n > 64 else (4,):
+                        found.append(
+                            LaunchConfig(
+                                "few_rows", block_n, block_k, block_m, split_k, warps, stages, lines=2,
+                                fuse_norm=False, tma=tma,
+                            )
+                        )  # fmt: skip
+    return found
+
+
+def _near_heuristic(problem: Problem, processors: int) -> list[LaunchConfig]:
     found = [heuristic(problem, processors)]
     outputs, inputs = problem.outputs, problem.inputs
     few = _few_rows(problem, processors)
@@ -243,4 +278,4 @@ def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[
         found.append(replace(few, block_k=2 * few.block_k, stages=max(2, few.stages // 2)))
     if few.block_k == 128:
         found.append(replace(few, block_k=64, stages=min(8, 2 * few.stages)))
-    return list(dict.fromkeys(found))[:most]
+    return list(dict.fromkeys(found))
