@@ -105,6 +105,19 @@ def test_norm_in_front_equals_norm_on_the_way(workspace):
         assert_near(out, rows, weight, norm=norm)
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("inputs", [256, 224])
+def test_written_out_weights(workspace, quantize, inputs):
+    x, norm = random(18, inputs), RowNorm(random(inputs, seed=1))
+    weights = [pack_weight(random(40, inputs, seed=seed), quantize) for seed in (0, 1)]
+    config = replace(FEW, block_k=128, split_k=2, written=True)
+    out = torch.full((18, 40), float("nan"), device=DEVICE)
+    linear(x, weights[0], out, norm=norm, workspace=workspace, config=config)
+    assert_near(out, x, weights[0], norm=norm)
+    gated_linear(x, *weights, out, norm=norm, workspace=workspace, config=replace(config, fuse_norm=False))
+    assert_near(out, x, *weights, norm=norm, activation="silu")
+
+
 @pytest.mark.parametrize("split_k", [1, 3])
 def test_tiles_brought_by_the_copy_engine(workspace, split_k):
     x, weights = random(18, 232), [pack_weight(random(40, 232, seed=seed)) for seed in (0, 1)]

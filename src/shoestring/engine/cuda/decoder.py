@@ -235,7 +235,9 @@ class Decoder:
             else:
                 linear(flat, layer.output, added, bias=layer.output_bias, **shared)
                 add_normed(layout, added, layer.post_attention_norm, x, pdl)
-            gated_linear(x, layer.gate, layer.up, gated, norm=layer.mlp_norm, activation=config.activation)
+            gated_linear(
+                x, layer.gate, layer.up, gated, norm=layer.mlp_norm, activation=config.activation, **shared
+            )
             if layer.post_mlp_norm is None:
                 linear(gated, layer.down, x, residual=x, **shared)
             else:

@@ -258,6 +258,7 @@ def launches(
         "ADDS_ONE": norm is not None and norm.adds_one, "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or "", "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k, "STAGES": config.stages, "LINES": config.lines, "PDL": pdl,
+        "PTX": "" if interpreted or not config.ptx else _PTX.get(weight.dtype, ""),
     }  # fmt: skip
     tiles_n = triton.cdiv(weight.outputs, config.block_n)
     if config.kernel == "one_row":
@@ -283,10 +284,13 @@ def launches(
     yield Launch(
         few_rows_kernel,
         (triton.cdiv(rows, config.block_m), tiles_n, config.split_k),
-        (*tensors, *scratch, *_tiles(x, weight, second, config, norm is None), rows, weight.outputs, x.stride(0), *strides, residual_stride, out.stride(0), epsilon),
+        (
+            *tensors, *scratch, *_tiles(x, weight, second, config, norm is None), rows, weight.outputs, x.stride(0),
+            *strides, residual_stride, out.stride(0), epsilon,
+        ),
         {
             **constants, "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "SPLIT_K": config.split_k,
-            "PTX": "" if interpreted or not config.ptx else _PTX.get(weight.dtype, ""),
+            "WRITTEN": config.written and weight.kind != "dense",
         },
         config.warps,
         config.stages,

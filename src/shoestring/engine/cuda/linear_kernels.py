@@ -2,9 +2,10 @@
 
 `few_rows_kernel` streams a matrix once. Tiles of weights [BLOCK_N, BLOCK_K] are the left operand of the tensor cores and
 the rows, padded to BLOCK_M, the right one: few rows are a small side there, at no cost. Quantised weights enter as the
-integers that they are, exact in bfloat16; a group's sum is scaled in float32. An RMSNorm can be taken on the way: its gain
-multiplies the inputs as they stream by, the row's own factor the result. Shares of a split sum (SPLIT_K) are added in their
-order by the program that arrives last, so results do not change from run to run.
+integers that they are, exact in bfloat16, and a group's sum is scaled in float32; or, where many rows leave the tensor cores
+no time for a product per group (WRITTEN), rounded to COMPUTE as a dense matrix would have them. An RMSNorm can be taken on
+the way: its gain multiplies the inputs as they stream by, the row's own factor the result. Shares of a split sum (SPLIT_K)
+are added in their order by the program that arrives last, so results do not change from run to run.
 
 KIND is the bits of a quantised weight, 0 for dense ones. PDL: the kernel may start before the one in front has ended, so
 nothing but weights is read before `gdc_wait`. PTX: "bf16", "fp16" or "", how int4 is unpacked.
@@ -42,6 +43,65 @@ shr.u32 b, b, 4;
 lop3.b32 $2, a, 0x000F000F, 0x64006400, 0xEA;
 lop3.b32 $3, b, 0x000F000F, 0x64006400, 0xEA;
 }""")
+
+
+# The same -> eight float32: a nibble becomes the first bits of the fraction of 1 + n / 16.
+_NIBBLES_FP32: tl.constexpr = tl.constexpr("""{
+.reg .b32 a, b, c, d, e, f, g, h;
+shl.b32 a, $8, 19;
+shl.b32 b, $8, 11;
+shl.b32 c, $8, 3;
+shr.u32 d, $8, 5;
+shl.b32 e, $8, 15;
+shl.b32 f, $8, 7;
+shr.u32 g, $8, 1;
+shr.u32 h, $8, 9;
+lop3.b32 a, a, 0x00780000, 0x3F800000, 0xEA;
+lop3.b32 b, b, 0x00780000, 0x3F800000, 0xEA;
+lop3.b32 c, c, 0x00780000, 0x3F800000, 0xEA;
+lop3.b32 d, d, 0x00780000, 0x3F800000, 0xEA;
+lop3.b32 e, e, 0x00780000, 0x3F800000, 0xEA;
+lop3.b32 f, f, 0x00780000, 0x3F800000, 0xEA;
+lop3.b32 g, g, 0x00780000, 0x3F800000, 0xEA;
+lop3.b32 h, h, 0x00780000, 0x3F800000, 0xEA;
+mov.b32 $0, a;
+mov.b32 $1, b;
+mov.b32 $2, c;
+mov.b32 $3, d;
+mov.b32 $4, e;
+mov.b32 $5, f;
+mov.b32 $6, g;
+mov.b32 $7, h;
+}""")
+
+
+@triton.jit
+def small(levels):
+    """Integers of 0..255 in float32 without a slow conversion: the last bits of 2^23 + q."""
+    return (levels.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def signed(levels):
+    """Integers of -128..127 in float32."""
+    bits = (levels.to(tl.uint8, bitcast=True) ^ 128).to(tl.int32) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+
+
+@triton.jit
+def wide_nibbles(pairs, PTX: tl.constexpr):
+    """Low and high halves n of bytes as v in float32, with n = unit * v - offset; then unit and offset."""
+    if PTX != "":
+        low, high = tl.inline_asm_elementwise(
+            _NIBBLES_FP32, "=f,=f,=f,=f,=f,=f,=f,=f,r", [pairs], (tl.float32, tl.float32), True, 4
+        )
+        unit = 16.0
+        offset = 16.0
+    else:
+        low, high = small(pairs & 15), small(pairs >> 4)
+        unit = 1.0
+        offset = 0.0
+    return low, high, unit, offset
 
 
 @triton.jit
@@ -168,6 +228,36 @@ def _add_int4(
 
 
 @triton.jit
+def _add_written(
+    sums, values, scales, n, chunk, scales_stride, even, odd,
+    K: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Add the products of some chunks of 64 inputs, with weights written out in COMPUTE."""
+    SHAPE: tl.constexpr = [sums.shape[0], chunk.shape[0] * 32]
+    byte = tl.arange(0, 32)[None, None, :]
+    inside = (chunk * 64 < K)[None, :]
+    first = chunk[None, :, None]
+    if KIND == 8:
+        word = load(scales + chunk[None, :] * scales_stride + n[:, None], inside, EVEN, "evict_first")
+        even_scale, odd_scale = halves(word)
+        at = values[:, :, None] + first * 64 + byte
+        levels = load(at, first * 64 + byte < K, EVEN, "evict_first")
+        low = signed(levels) * even_scale[:, :, None]
+        levels = load(at + 32, first * 64 + byte + 32 < K, EVEN, "evict_first")
+        high = signed(levels) * odd_scale[:, :, None]
+    else:
+        words = scales + 2 * chunk[None, :] * scales_stride + n[:, None]
+        pairs = load(values[:, :, None] + first * 32 + byte, inside[:, :, None], EVEN, "evict_first")
+        low, high, unit, offset = wide_nibbles(pairs, PTX)
+        scale, minimum = halves(load(words, inside, EVEN, "evict_first"))
+        low = low * (unit * scale)[:, :, None] + (minimum - offset * scale)[:, :, None]
+        scale, minimum = halves(load(words + scales_stride, inside, EVEN, "evict_first"))
+        high = high * (unit * scale)[:, :, None] + (minimum - offset * scale)[:, :, None]
+    sums = tl.dot(tl.reshape(low, SHAPE).to(COMPUTE), even, sums, input_precision="ieee")
+    return tl.dot(tl.reshape(high, SHAPE).to(COMPUTE), odd, sums, input_precision="ieee")
+
+
+@triton.jit
 def _finish(
     sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,
     K: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -193,11 +283,12 @@ def _finish(
 @triton.jit(do_not_specialize=["rows", "outputs"])
 def few_rows_kernel(
     x, first, first_scales, second, second_scales, gain, bias, residual, out, shares, arrived,
-    x_tiles, first_tiles, second_tiles, rows, outputs, x_stride, values_stride, scales_stride, residual_stride, out_stride, epsilon,
+    x_tiles, first_tiles, second_tiles, rows, outputs,
+    x_stride, values_stride, scales_stride, residual_stride, out_stride, epsilon,
     K: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr,
     ADDS_ONE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr, WRITTEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows, tiles of outputs, SPLIT_K).
 
@@ -231,7 +322,7 @@ def few_rows_kernel(
     x += tl.minimum(m, rows - 1)[:, None] * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M, BLOCK_K if KIND == 0 else 32), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_K if KIND == 0 else BLOCK_K // 2 if WRITTEN else 32), tl.float32)
     # Stages named here hold for scales as well; as an option of the launch they would hold for the operands only.
     for trip in tl.range(first_trip, last_trip, num_stages=STAGES):
         if first_tiles is not None:
@@ -254,6 +345,36 @@ def few_rows_kernel(
             if GATED:
                 weights = load(second + at + k[None, :], inside, EVEN, "evict_first")
                 other = tl.dot(weights, right, other, input_precision="ieee")
+        elif WRITTEN:
+            chunk = trip * (BLOCK_K // 64) + tl.arange(0, BLOCK_K // 64)
+            k = tl.reshape(chunk[:, None] * 64 + tl.arange(0, 32)[None, :], [BLOCK_K // 2])
+            tile, squares = _rows_of_x(
+                x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
+            )
+            even = tl.trans(tile)
+            tile, squares = _rows_of_x(
+                x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
+            )
+            odd = tl.trans(tile)
+            sums = _add_written(
+                sums,
+                first + at,
+                first_scales,
+                own,
+                chunk,
+                scales_stride,
+                even,
+                odd,
+                K,
+                KIND,
+                EVEN,
+                COMPUTE,
+                PTX,
+            )
+            if GATED:
+                other = _add_written(
+                    other, second + at, second_scales, own, chunk, scales_stride, even, odd, K, KIND, EVEN, COMPUTE, PTX
+                )  # fmt: skip
         else:
             for part in tl.static_range(BLOCK_K // 64):
                 chunk = trip * (BLOCK_K // 64) + part

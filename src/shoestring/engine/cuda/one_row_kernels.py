@@ -12,21 +12,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoestring.engine.cuda.linear_kernels import activated, gained, halves, load, prefetch
+from shoestring.engine.cuda.linear_kernels import (
+    activated,
+    gained,
+    halves,
+    load,
+    prefetch,
+    signed,
+    small,
+    wide_nibbles,
+)
 
 __all__ = ["dequantize_kernel", "norm_kernel", "one_row_kernel"]
-
-
-@triton.jit
-def _small(levels):
-    """Integers of 0..255 in float32 without a slow conversion: the last bits of 2^23 + q."""
-    return (levels.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-
-
-@triton.jit
-def _signed(levels):
-    """Integers of -128..127 in float32."""
-    return _small(levels.to(tl.uint8, bitcast=True) ^ 128) - 128.0
 
 
 @triton.jit
@@ -36,18 +33,23 @@ def _add_int8(
     inside = (chunk * 64 < K)[None, :]
     at = scales + chunk[None, :] * scales_stride + own[:, None]
     even_scale, odd_scale = halves(load(at, inside, EVEN, "evict_first"))
-    sums += even_scale * tl.sum(_signed(first) * even[None, :, :], 2)
-    return sums + odd_scale * tl.sum(_signed(second) * odd[None, :, :], 2)
+    sums += even_scale * tl.sum(signed(first) * even[None, :, :], 2)
+    return sums + odd_scale * tl.sum(signed(second) * odd[None, :, :], 2)
 
 
 @triton.jit
-def _add_int4(sums, pairs, scales, chunk, own, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr):
+def _add_int4(
+    sums, pairs, scales, chunk, own, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
     inside = (chunk * 64 < K)[None, :]
     at = scales + 2 * chunk[None, :] * scales_stride + own[:, None]
+    low, high, unit, offset = wide_nibbles(pairs, PTX)
     scale, minimum = halves(load(at, inside, EVEN, "evict_first"))
-    sums += scale * tl.sum(_small(pairs & 15) * even[None, :, :], 2) + minimum * tl.sum(even, 1)[None, :]
+    minimum -= offset * scale
+    sums += unit * scale * tl.sum(low * even[None, :, :], 2) + minimum * tl.sum(even, 1)[None, :]
     scale, minimum = halves(load(at + scales_stride, inside, EVEN, "evict_first"))
-    return sums + scale * tl.sum(_small(pairs >> 4) * odd[None, :, :], 2) + minimum * tl.sum(odd, 1)[None, :]
+    minimum -= offset * scale
+    return sums + unit * scale * tl.sum(high * odd[None, :, :], 2) + minimum * tl.sum(odd, 1)[None, :]
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def _inputs(
 def _trip(
     trip, sums, other, squares, x, first, first_scales, second, second_scales, gain, own, values_stride,
     scales_stride, K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr,
-    ADDS_ONE: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
+    ADDS_ONE: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_K more inputs; WAIT: between the loads of the weights and all others."""
     EVEN: tl.constexpr = K % BLOCK_K == 0
@@ -118,9 +120,11 @@ def _trip(
                     other, more, odd_more, second_scales, chunk, own, scales_stride, even, odd, K, EVEN
                 )
         else:
-            sums = _add_int4(sums, levels, first_scales, chunk, own, scales_stride, even, odd, K, EVEN)
+            sums = _add_int4(sums, levels, first_scales, chunk, own, scales_stride, even, odd, K, EVEN, PTX)
             if GATED:
-                other = _add_int4(other, more, second_scales, chunk, own, scales_stride, even, odd, K, EVEN)
+                other = _add_int4(
+                    other, more, second_scales, chunk, own, scales_stride, even, odd, K, EVEN, PTX
+                )
     return sums, other, squares
 
 
@@ -131,6 +135,7 @@ def one_row_kernel(
     K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of outputs,)."""
     CELLS: tl.constexpr = BLOCK_K if KIND == 0 else BLOCK_K // 64
@@ -151,7 +156,7 @@ def one_row_kernel(
         for trip in tl.static_range(TRIPS):
             sums, other, squares = _trip(
                 trip, sums, other, squares, x, first, first_scales, second, second_scales, gain, own,
-                values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, PDL and trip == 0,
+                values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, PTX, PDL and trip == 0,
             )  # fmt: skip
     else:
         if PDL:
@@ -165,7 +170,7 @@ def one_row_kernel(
         for trip in tl.range(0, TRIPS, num_stages=STAGES, loop_unroll_factor=UNROLL):
             sums, other, squares = _trip(
                 trip, sums, other, squares, x, first, first_scales, second, second_scales, gain, own,
-                values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, False,
+                values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, PTX, False,
             )  # fmt: skip
     result = tl.sum(sums, 1)
     if HAS_NORM:
@@ -224,15 +229,15 @@ def dequantize_kernel(
     lower, upper = halves(tl.load(at, mask=inside, other=0))
     if KIND == 8:
         rows = values + own * values_stride + k[None, :, :]
-        levels = _signed(tl.load(rows, mask=even_inside, other=0))
+        levels = signed(tl.load(rows, mask=even_inside, other=0))
         tl.store(to, (levels * lower[:, :, None]).to(kind), mask=even_inside)
-        levels = _signed(tl.load(rows + 32, mask=odd_inside, other=0))
+        levels = signed(tl.load(rows + 32, mask=odd_inside, other=0))
         tl.store(to + 32, (levels * upper[:, :, None]).to(kind), mask=odd_inside)
     else:
         rows = values + own * values_stride + (chunk[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
         pairs = tl.load(rows, mask=inside[:, :, None], other=0)
-        low = _small(pairs & 15) * lower[:, :, None] + upper[:, :, None]
+        low = small(pairs & 15) * lower[:, :, None] + upper[:, :, None]
         tl.store(to, low.to(kind), mask=even_inside)
         lower, upper = halves(tl.load(at + scales_stride, mask=inside, other=0))
-        high = _small(pairs >> 4) * lower[:, :, None] + upper[:, :, None]
+        high = small(pairs >> 4) * lower[:, :, None] + upper[:, :, None]
         tl.store(to + 32, high.to(kind), mask=odd_inside)

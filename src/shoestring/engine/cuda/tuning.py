@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class LaunchConfig:
         lines: under programmatic launch, lines of 128 bytes of each row that are fetched into the L2 cache in advance.
         fuse_norm: take an RMSNorm on the way; else a small kernel in front does (needs a workspace).
         ptx: unpack int4 by hand-written instructions.
+        written: round quantised weights to the computing type, and multiply as with dense ones; else a group's integers.
         tma: let Hopper's copy engine bring dense weights and rows that need no norm on the way.
     """
 
@@ -53,6 +55,7 @@ class LaunchConfig:
     lines: int = 0
     fuse_norm: bool = True
     ptx: bool = True
+    written: bool = False
     tma: bool = False
 
 
@@ -212,30 +215,48 @@ def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[
 
 
 def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
-    """Dense tensor-core launches of just so many programs as run at once, with as much under way as fits."""
-    rows, itemsize = problem.bucket, 2
-    if problem.quantised or problem.compute == torch.float32 or rows < 16:
+    """Launches of just so many programs as run at once, with as much under way as fits."""
+    if problem.compute == torch.float32:
         return []
-    block_m = min(rows, 64)
+    if problem.rows == 1:
+        return _by_slices(problem) if problem.quantised else []
+    rows, itemsize = problem.bucket, problem.row_bytes / problem.inputs / (2 if problem.gated else 1)
+    block_m = min(max(rows, 8), 64)
     found = []
-    for block_n in (64, 128, 256):
+    for block_n, block_k, together in product((64, 128, 256), (64, 128, 256), (1, 2, 3)):
         tiles = -(-problem.outputs // block_n) * -(-rows // block_m)
-        for block_k in (64, 128):
-            trips = -(-problem.inputs // block_k)
-            stage = (block_n * (2 if problem.gated else 1) + block_m) * block_k * itemsize
-            for together in (1, 2, 3):
-                stages = min(8, 220_000 // together // stage)
-                split_k = max(1, together * processors // tiles)
-                if stages < 2 or (split_k > 1 and trips < 4 * split_k):
-                    continue
-                for tma in (True, False) if block_n == 128 else (True,):
-                    for warps in (4, 8) if block_n > 64 else (4,):
-                        found.append(
-                            LaunchConfig(
-                                "few_rows", block_n, block_k, block_m, split_k, warps, stages, lines=2,
-                                fuse_norm=False, tma=tma,
-                            )
-                        )  # fmt: skip
+        stage = (block_n * itemsize * (2 if problem.gated else 1) + 2 * block_m) * block_k
+        stages = min(8, int(220_000 / together / stage))
+        split_k = max(1, together * processors // tiles)
+        trips = -(-problem.inputs // block_k)
+        if stages < 2 or rows < 16 or (split_k > 1 and trips < 4 * split_k):
+            continue
+        base = LaunchConfig(
+            "few_rows", block_n, block_k, block_m, split_k, 4, stages, lines=2, fuse_norm=False
+        )
+        if problem.quantised:
+            if block_n < 256 and block_k > 64:
+                found += [replace(base, written=True, stages=min(stages, 4), warps=warps) for warps in (4, 8)]
+        elif block_k < 256:
+            found.append(replace(base, tma=True))
+            if block_n > 64:
+                found.append(replace(base, tma=True, warps=8))
+            if block_n == 128:
+                found += [base, replace(base, warps=8)]
+    return found
+
+
+def _by_slices(problem: Problem) -> list[LaunchConfig]:
+    """One row, quantised: each thread takes its slice of the inputs through all outputs of a tile."""
+    found = []
+    for warps, block_n in product((1, 2, 4), (4, 8, 16)):
+        block_k = 1024 * warps * (2 if problem.kind == "int4" else 1) // 2
+        trips = -(-problem.inputs // block_k)
+        one = LaunchConfig("one_row", block_n, block_k, 1, warps=warps, stages=1, lines=8)
+        if trips <= 4:
+            found.append(one)
+        if trips > 1:
+            found += [replace(one, unroll=2), replace(one, unroll=4)]
     return found
 
 
