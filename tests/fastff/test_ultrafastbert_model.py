@@ -12,8 +12,9 @@ from shoestring.fastff.bert import (
 )
 from shoestring.fastff.bert_config import UltraFastBertConfig
 from shoestring.fastff.bert_recipe import feedforward_of
+from shoestring.fastff.functional import visit
 from shoestring.fastff.layer import FastFeedForward
-from shoestring.fastff.scattered import ScatteredFastFeedForward, scattered
+from shoestring.fastff.scattered import ScatteredFastFeedForward, imbalance, scattered
 
 SMALL = {
     "vocab_size": 90,
@@ -189,3 +190,36 @@ def test_one_compiled_graph_serves_all_layers(feedforward):
     torch.testing.assert_close(model.encoder(ids()).last_hidden_state, plain)
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+def test_balance_is_the_gradient_of_its_term():
+    torch.manual_seed(0)
+    x, w_in, w_out = (torch.randn(size, dtype=torch.float64) for size in ((50, 6), (2, 7, 6), (2, 7, 6)))
+    x += 1
+    upstream = torch.randn_like(x)
+    for tensor in (x, w_in):
+        tensor.requires_grad_()
+    plain = torch.autograd.grad(scattered(x, w_in, None, w_out), (x, w_in), upstream)
+    balanced = torch.autograd.grad(scattered(x, w_in, None, w_out, balance=3.0), (x, w_in), upstream)
+    nodes, z = visit(x, w_in, None)
+    wanted = torch.autograd.grad(3 * imbalance(z, nodes, 7), (x, w_in))
+    for one, other, term in zip(balanced, plain, wanted, strict=True):
+        assert term.abs().max() > 1e-4
+        torch.testing.assert_close(one - other, term, rtol=1e-9, atol=1e-12)
+
+
+def test_balance_spreads_tokens_that_share_a_direction():
+    torch.manual_seed(0)
+    x = torch.randn(512, 16) + 2
+    found = []
+    for balance in (0.0, 1.0):
+        layer = ScatteredFastFeedForward(16, 3)
+        layer.balance = balance
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            (0 * layer(x).sum()).backward()
+            optimizer.step()
+        nodes, z = visit(x, layer.w_in, layer.b_in)
+        found.append(float(imbalance(z.detach(), nodes, 15)))
+    assert found[1] < 0.02 < 0.1 < found[0]

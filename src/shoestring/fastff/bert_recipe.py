@@ -76,8 +76,8 @@ class BertRecipe(Recipe):
     """A masked language model from scratch.
 
     `batch_size` counts rows of `data.length` tokens; `masked` of each row's tokens are predicted; with `corrupt` a tenth of
-    them are shown as they are and a tenth as others. `method` is how trees are computed in training; `compile` compiles
-    the layers.
+    them are shown as they are and a tenth as others. `method` is how trees are computed in training; `balance` weighs a
+    term that keeps their load even (`scattered.py`; 0, as in the paper: none); `compile` compiles the layers.
     """
 
     task: Literal["ultrafastbert"]
@@ -87,6 +87,7 @@ class BertRecipe(Recipe):
     masked: Share = 0.25
     corrupt: bool = True
     method: Literal["scattered", "auto", "plain", "masked", "sparse", "triton"] = "scattered"
+    balance: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
 
     @model_validator(mode="after")
@@ -95,5 +96,9 @@ class BertRecipe(Recipe):
         if self.data.length > self.model.max_positions:
             raise RequestError(
                 f"data.length is {self.data.length} and model.max_positions {self.model.max_positions}"
+            )
+        if self.balance and self.method != "scattered":
+            raise RequestError(
+                f"balance is {self.balance}, and method {self.method!r} has no such term: use scattered"
             )
         return self

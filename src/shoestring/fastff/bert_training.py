@@ -55,6 +55,8 @@ def train(recipe: BertRecipe, folder: RunFolder, observer: Observer = silent) ->
     for module in model.modules():
         if isinstance(module, ScatteredFastFeedForward):
             module.training_method = recipe.method
+            # A part of the loss for each layer, and one of each of a step's batches.
+            module.balance = recipe.balance / config.layers / recipe.accumulate
     about = {
         "parameters": model.num_parameters(),
         "feedforward": recipe.model.feedforward,
