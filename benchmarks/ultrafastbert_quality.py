@@ -48,7 +48,7 @@ def main() -> None:
             f", BoolQ {boolq['mean']:.3f} (always one answer: {boolq['majority_rate']:.3f})" if boolq else ""
         )
         print(
-            f"{row['feedforward']:12} {row['active_neurons']:5} of {row['neurons']:5} neurons, {row['parameters']:,} "
+            f"{arm_name(row):12} {row['active_neurons']:5} of {row['neurons']:5} neurons, {row['parameters']:,} "
             f"parameters, perplexity {row['held_out']['perplexity']:.2f}, accuracy {row['held_out']['accuracy']:.3f}, "
             f"{row['training_seconds']:.0f} s{told}"
         )
@@ -76,12 +76,19 @@ def arm(path: Path, classifiers: list[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def arm_name(row: dict[str, Any]) -> str:
+    """`fff-1x11`, or `fff-1x11 balance 0.1`."""
+    balance = row["recipe"].get("balance")
+    return row["feedforward"] + (f" balance {balance:g}" if balance else "")
+
+
 def check_alike(paths: list[Path], arms: list[dict[str, Any]]) -> None:
-    """Arms differ in nothing but the feedforward."""
+    """Arms differ in nothing but the feedforward, and how evenly its load is kept."""
 
     def rest(row: dict[str, Any]) -> dict[str, Any]:
         recipe = json.loads(json.dumps(row["recipe"]))
         recipe["model"].pop("feedforward")
+        recipe.pop("balance")
         return {"recipe": recipe, "data": row["data"]}
 
     for path, row in zip(paths, arms, strict=True):

@@ -4,8 +4,8 @@
 the rows, padded to BLOCK_M, the right one: few rows are a small side there, at no cost. Quantised weights enter as the
 integers that they are, exact in bfloat16, and a group's sum is scaled in float32; or, where many rows leave the tensor
 cores no time for a product per group (WRITTEN), rounded to COMPUTE as a dense matrix would have them. An RMSNorm can be
-taken on the way: its gain multiplies the inputs as they stream by, the row's own factor the result. Shares of a split sum (SPLIT_K)
-are added in their order by the program that arrives last, so results do not change from run to run.
+taken on the way: its gain multiplies the inputs as they stream by, the row's own factor the result. Shares of a split sum
+(SPLIT_K) are added in their order by the program that arrives last, so results do not change from run to run.
 
 KIND is the bits of a quantised weight, 0 for dense ones. PDL: the kernel may start before the one in front has ended, so
 nothing but weights is read before `gdc_wait`. PTX: "bf16", "fp16" or "", how int4 is unpacked.
