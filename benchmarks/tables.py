@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from benchmarks.fast_feedforward_tables import fast_feedforward_cpu, fast_feedforward_gpu
 from benchmarks.result_files import Result, load_results, table
 from benchmarks.training_tables import (
     parsing_quality,
@@ -315,6 +316,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pass-steps": pass_steps,
     "pass-controls": pass_controls,
     "pass-speed": pass_speed,
+    "fast-feedforward-cpu": fast_feedforward_cpu,
+    "fast-feedforward-gpu": fast_feedforward_gpu,
     "gpu-step-cost": gpu_step_cost,
     "llama-cpp": llama_cpp,
     "quantization": quantization,

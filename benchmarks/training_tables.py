@@ -1,8 +1,12 @@
 """The tables of what training reached: translation, parsing, UltraFastBERT."""
 
-from benchmarks.result_files import load_results, table
+import statistics
+
+from benchmarks.result_files import Result, load_results, table
 
 __all__ = [
+    "arm_name",
+    "arm_rows",
     "parsing_quality",
     "training_rate",
     "translation_quality",
@@ -108,28 +112,41 @@ def translation_speed() -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def arm_name(arm: Result) -> str:
+    """`fff-1x11`, or `fff-1x11 balance 0.1`."""
+    balance = arm["recipe"].get("balance")
+    return arm["feedforward"] + (f" balance {balance:g}" if balance else "")
+
+
+def arm_rows(result: Result) -> list[list[str]]:
+    """A row for each arm of an UltraFastBERT comparison."""
+    gaps = {paired["runs"][1]: paired for paired in result["paired"]}
+    rows = []
+    for arm in result["arms"]:
+        gap, boolq = gaps.get(arm["run"]), arm.get("boolq")
+        low, high = (100 * value for value in boolq["interval"]) if boolq else (0.0, 0.0)
+        dead = [layer["dead_nodes"] for layer in arm["routing"]]
+        rows.append(
+            [
+                arm_name(arm),
+                f"{arm['active_neurons']:,} of {arm['neurons']:,}",
+                f"{arm['parameters'] / 1e6:.1f} M",
+                f"{arm['held_out']['perplexity']:.2f}",
+                f"{gap['loss_difference']:+.3f} ({gap['interval'][0]:+.3f} to {gap['interval'][1]:+.3f})"
+                if gap
+                else "",
+                f"{statistics.mean(dead):.0%}" if dead else "",
+                f"{100 * boolq['mean']:.1f}% ({low:.1f}-{high:.1f})" if boolq else "",
+                f"{arm['training_seconds']:.0f} s",
+            ]
+        )
+    return rows
+
+
 def ultrafastbert_quality() -> str:
     """The arms of every UltraFastBERT comparison, the baseline first."""
     parts = []
     for name, result in load_results("ultrafastbert-quality"):
-        gaps = {paired["runs"][1]: paired for paired in result["paired"]}
-        rows = []
-        for arm in result["arms"]:
-            gap, boolq = gaps.get(arm["run"]), arm.get("boolq")
-            low, high = (100 * value for value in boolq["interval"]) if boolq else (0.0, 0.0)
-            rows.append(
-                [
-                    arm["feedforward"],
-                    f"{arm['active_neurons']:,} of {arm['neurons']:,}",
-                    f"{arm['parameters'] / 1e6:.1f} M",
-                    f"{arm['held_out']['perplexity']:.2f}",
-                    f"{gap['loss_difference']:+.3f} ({gap['interval'][0]:+.3f} to {gap['interval'][1]:+.3f})"
-                    if gap
-                    else "",
-                    f"{100 * boolq['mean']:.1f}% ({low:.1f}-{high:.1f})" if boolq else "",
-                    f"{arm['training_seconds']:.0f} s",
-                ]
-            )
         majority = next(
             (100 * arm["boolq"]["majority_rate"] for arm in result["arms"] if "boolq" in arm), None
         )
@@ -145,10 +162,11 @@ def ultrafastbert_quality() -> str:
                     "parameters",
                     "perplexity",
                     "nats a token over the first",
+                    "nodes that no token reached",
                     "BoolQ, mean of the seeds",
                     "training",
                 ],
-                rows,
+                arm_rows(result),
             )
         )
     return "\n".join(parts) or "Not measured yet.\n"

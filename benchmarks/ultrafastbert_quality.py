@@ -1,7 +1,8 @@
 """Arms of an UltraFastBERT comparison as one result file: `python -m benchmarks.ultrafastbert_quality RUN RUN ...`.
 
-The runs are made by `shoestring train recipes/ultrafastbert-small.yaml model.feedforward=...`, their classifiers by
-`recipes/boolq.yaml model=RUN`. Each arm is compared with the first over the same hidden tokens (paired bootstrap of rows).
+The runs are made by `shoestring train recipes/ultrafastbert-small.yaml model.feedforward=...`, also with `balance=...`,
+their classifiers by `recipes/boolq.yaml model=RUN`. Each arm is compared with the first over the same hidden tokens (paired
+bootstrap of rows).
 """
 
 import argparse
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import finished_run
+from benchmarks.training_tables import arm_name
 from shoestring.evaluation.accuracy import wilson_interval
 from shoestring.evaluation.results import write_result
 from shoestring.fastff.bert_training import LOSSES_FILE
@@ -76,19 +78,13 @@ def arm(path: Path, classifiers: list[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def arm_name(row: dict[str, Any]) -> str:
-    """`fff-1x11`, or `fff-1x11 balance 0.1`."""
-    balance = row["recipe"].get("balance")
-    return row["feedforward"] + (f" balance {balance:g}" if balance else "")
-
-
 def check_alike(paths: list[Path], arms: list[dict[str, Any]]) -> None:
     """Arms differ in nothing but the feedforward, and how evenly its load is kept."""
 
     def rest(row: dict[str, Any]) -> dict[str, Any]:
         recipe = json.loads(json.dumps(row["recipe"]))
         recipe["model"].pop("feedforward")
-        recipe.pop("balance")
+        recipe.pop("balance", None)  # runs from before it have none
         return {"recipe": recipe, "data": row["data"]}
 
     for path, row in zip(paths, arms, strict=True):

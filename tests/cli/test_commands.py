@@ -127,6 +127,12 @@ def test_doctor_finds_and_explains(shoestring):
     assert findings["torch"]["ok"]
     assert findings["model smollm2-135m"]["remedy"] == "shoestring pull smollm2-135m"
     assert all(finding["remedy"] for finding in findings.values() if finding["ok"] is False)
+    on_cpu = findings["fast feedforward on the CPU"]
+    assert on_cpu["ok"] is findings["native step"]["ok"] or on_cpu["ok"] is None
+    assert ("C++ kernels for" in on_cpu["detail"]) is (on_cpu["ok"] is True)
+    gpus = [finding for name, finding in findings.items() if name.startswith("fast feedforward on ")][1:]
+    assert gpus
+    assert all("Triton kernels" in finding["detail"] for finding in gpus)
     assert "smollm2-135m" in shoestring("doctor")
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoestring.errors import RequestError
-from shoestring.fastff import FastFeedForward, functional, methods, native
+from shoestring.fastff import FastFeedForward, functional, methods, native, triton_reach
 from shoestring.fastff.sparse import activation_slope, sparse
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the native part is not built")
@@ -145,6 +145,52 @@ def test_auto_takes_the_kernels_on_a_cpu():
     with torch.no_grad():
         assert methods.choose(x, *tensors) == "native"
         assert methods.choose(x[:2].double(), *(t.double() for t in tensors)) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "trees", "depth", "training", "triton", "chosen"),
+    [
+        (1, 1, 11, False, True, "triton"), (16384, 1, 13, False, True, "triton"), (16384, 1, 11, True, True, "triton"),
+        # Smaller than where the kernels were measured to be faster.
+        (64, 1, 10, False, True, "plain"), (65, 1, 10, False, True, "masked"), (1, 3072, 11, False, True, "plain"),
+        (256, 1, 11, True, True, "masked"), (16384, 12, 11, True, True, "masked"),
+        # Without them.
+        (64, 1, 11, False, False, "plain"), (65, 1, 11, False, False, "masked"), (16384, 1, 11, True, False, "masked"),
+    ],
+)  # fmt: skip
+def test_auto_without_cpu_kernels_goes_by_the_measured_sizes(tokens, trees, depth, training, triton, chosen):
+    assert methods.choose_by_size(tokens, trees, depth, training=training, triton=triton) == chosen
+
+
+def test_what_the_gpu_kernels_take():
+    _, w_in, b_in, w_out = weights(dtype=torch.bfloat16)
+    deep = torch.empty(1, 2**16 - 1, 1)
+    for training in (True, False):
+        assert not triton_reach.why_not_weights(w_in, b_in, w_out, training=training)
+        assert not triton_reach.why_not_weights(w_in, None, w_out, training=training)
+        for given, said in [
+            ((w_in.double(), None, w_out.double()), "float64"),
+            ((w_in, b_in, w_out.float()), "one dtype"),
+            ((w_in, b_in.float(), w_out), "one dtype"),
+            ((w_in.mT.contiguous().mT, b_in, w_out), "contiguous"),
+        ]:
+            assert said in triton_reach.why_not_weights(*given, training=training)
+    assert "at most 15 levels, not 16" in triton_reach.why_not_weights(deep, None, deep, training=True)
+    assert not triton_reach.why_not_weights(deep, None, deep, training=False)
+    assert not triton_reach.why_not_weights(w_in, b_in, w_out, training=True, compiling=True)
+    assert "torch.compile" in triton_reach.why_not_weights(w_in, b_in, w_out, training=False, compiling=True)
+    assert "not an NVIDIA GPU" in triton_reach.why_not(w_in[0], w_in, b_in, w_out, training=False)
+
+
+def test_auto_without_kernels_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    layer, x = FastFeedForward(16, 3, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    compiled = torch.compile(
+        layer, fullgraph=True, backend="eager"
+    )  # asks what the kernels take in the graph
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 @needs_native

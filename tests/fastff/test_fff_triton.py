@@ -123,6 +123,24 @@ def test_the_way_through_depends_on_the_batch() -> None:
     assert choose(512, 768, 0, torch.bfloat16, trees=3072) == Plan("masked")
 
 
+def test_the_benchmark_fills_its_table() -> None:
+    from benchmarks.fast_feedforward_gpu import cell
+    from benchmarks.fast_feedforward_tables import gpu_parts
+
+    times = {"dense": 30.0, "dense_fused": 24.0, "path": 16.0, "path2": 12.0, "path3": 12.0, "grouped": 20.0}
+    shapes = [(1, 768, 11), (16384, 768, 11), (1, 1024, 13)]
+    step = {"batch": 4096, "width": 768, "depth": 11, "ms": {"ours": 2.0, "masked": 3.0, "dense": 1.0}}
+    result = {
+        "table": [cell(*shape, times) for shape in shapes], "training": [step], "dtype": "bfloat16",
+        "machine": "a GPU", "commit": "0",
+    }  # fmt: skip
+    inference_map, training_step = gpu_parts("a-file.json", result)
+    assert "|  | 1 | 16,384 |\n" in inference_map
+    assert "| depth 11, width 768 | 12.0 us, 2.00x | 20.0 us, 1.20x |\n" in inference_map
+    assert "| depth 13, width 1024 | 12.0 us, 2.00x |  |\n" in inference_map
+    assert "| 2.00 ms | 3.00 ms | 1.00 ms | 1.50x | 0.50x |" in training_step
+
+
 def test_without_triton_the_error_is_the_remedy(monkeypatch) -> None:
     from shoestring.errors import MissingDependencyError
 

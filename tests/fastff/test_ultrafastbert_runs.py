@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from benchmarks import ultrafastbert_quality
+from benchmarks.training_tables import arm_rows
 from safetensors.torch import load_file
 
 from shoestring.cli import run
@@ -172,10 +175,14 @@ def test_interrupted_fine_tuning_goes_on_with_its_seeds(classifier, folder, fff,
 
 
 def test_benchmark_compares_arms(fff, dense, classifier, monkeypatch, capsys, tmp_path):
-    output = tmp_path / "result.json"
+    output, balanced = tmp_path / "result.json", tmp_path / "balanced"
+    shutil.copytree(fff, balanced)  # as though it had been trained with it
+    recipe = yaml.safe_load((balanced / "config.yaml").read_text())
+    (balanced / "config.yaml").write_text(yaml.safe_dump({**recipe, "balance": 0.1}))
     words = [
         str(dense),
         str(fff),
+        str(balanced),
         "--classifiers",
         str(classifier),
         "--device",
@@ -186,14 +193,19 @@ def test_benchmark_compares_arms(fff, dense, classifier, monkeypatch, capsys, tm
     monkeypatch.setattr(sys, "argv", ["ultrafastbert_quality", *words])
     ultrafastbert_quality.main()
     result = json.loads(output.read_text())
-    first, second = result["arms"]
+    first, second, _ = result["arms"]
     assert first["feedforward"] == "dense-30"
     assert second["boolq"]["interval"][0] < second["boolq"]["mean"] <= 1
-    (paired,) = result["paired"]
+    paired, _ = result["paired"]
     expected = second["held_out"]["loss"] - first["held_out"]["loss"]
     assert paired["loss_difference"] == pytest.approx(expected, abs=1e-6)
     assert paired["interval"][0] <= expected <= paired["interval"][1]
-    capsys.readouterr()
+    assert "fff-2x3 balance 0.1" in capsys.readouterr().out
+    rows = arm_rows(result)
+    assert [row[0] for row in rows] == ["dense-30", "fff-2x3", "fff-2x3 balance 0.1"]
+    dead = [layer["dead_nodes"] for layer in second["routing"]]
+    assert rows[1][4].startswith(f"{expected:+.3f} ")
+    assert [row[5] for row in rows] == ["", f"{sum(dead) / 2:.0%}", f"{sum(dead) / 2:.0%}"]
 
 
 def test_conversion_through_its_recipe(dense, folder):
@@ -223,6 +235,8 @@ def test_conversion_through_its_recipe(dense, folder):
         (["evaluate", "boolqq", "x"], "did you mean 'boolq'"),
         (["train", "{small}", "model.feedforward=ffff"], "write fff-1x11"),
         (["train", "{small}", "data.length=9000"], "data.length is 9000"),
+        (["train", "{small}", "balance=0.1", "method=masked"], "method 'masked' has no such term"),
+        (["train", "{small}", "balance=-1"], "balance"),
         (["train", "{boolq}", "data=glue/rtee"], "did you mean 'rte'"),
         (["train", "{boolq}", "data=none.jsonl"], "is not there"),
     ],

@@ -73,6 +73,7 @@ def _findings() -> Iterator[Finding]:
         _processor,
         _native,
         _accelerators,
+        _fast_feedforward,
         _extras,
         _cache,
     ]
@@ -177,6 +178,32 @@ def _fused_step(index: int) -> Finding:
         else "models run on transformers' modules, which are slower"
     )
     return Finding(f"fused step on cuda:{index}", False, reason, remedy)
+
+
+def _fast_feedforward() -> Iterator[Finding]:
+    """Which kernels a fast feedforward layer has, on the CPU and on each GPU; what is not there PyTorch does."""
+    import torch
+
+    from shoestring.fastff import native, triton_reach
+
+    if native.available():
+        from shoestring import _native
+
+        detail = f"C++ kernels for {_native.instruction_sets()[-1]}, inference and training"
+        yield Finding("fast feedforward on the CPU", True, detail)
+    else:
+        yield Finding(
+            "fast feedforward on the CPU",
+            None,
+            "no C++ kernels, as the native step is not built: PyTorch's products",
+        )
+    if not torch.cuda.is_available():
+        yield Finding("fast feedforward on a GPU", None, "no Triton kernels: no GPU that PyTorch can use")
+        return
+    for index in range(torch.cuda.device_count()):
+        reason = triton_reach.why_not_here(torch.device("cuda", index))
+        detail = f"no Triton kernels: {reason}" if reason else "Triton kernels, inference and training"
+        yield Finding(f"fast feedforward on cuda:{index}", not reason or None, detail)
 
 
 def _extras() -> Iterator[Finding]:

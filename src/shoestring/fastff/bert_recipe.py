@@ -76,8 +76,9 @@ class BertRecipe(Recipe):
     """A masked language model from scratch.
 
     `batch_size` counts rows of `data.length` tokens; `masked` of each row's tokens are predicted; with `corrupt` a tenth of
-    them are shown as they are and a tenth as others. `method` is how trees are computed in training; `balance` weighs a
-    term that keeps their load even (`scattered.py`; 0, as in the paper: none); `compile` compiles the layers.
+    them are shown as they are and a tenth as others. `method` is how trees are computed in training (`TRAINING_METHODS` in
+    `scattered.py` says what each does); `balance` weighs a term that keeps their load even (the same file; 0, as in the
+    paper: none); `compile` compiles the layers.
     """
 
     task: Literal["ultrafastbert"]

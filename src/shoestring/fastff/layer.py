@@ -29,7 +29,7 @@ class FastFeedForward(nn.Module):
         output_size: O; None: as the input.
         activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
         method: "plain" (level by level), "masked" (dense products and a mask), "sparse" (forward and backward touch
-            only the paths), "native" (C++, inference on the CPU), "triton" (inference on a GPU) or "auto".
+            only the paths), "native" (C++, inference on the CPU), "triton" (kernels for NVIDIA GPUs) or "auto".
 
     Attributes:
         w_in: [K, n, E], n = 2**(depth+1) - 1; a row for each node, so that a path reads whole rows.

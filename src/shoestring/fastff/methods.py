@@ -1,15 +1,13 @@
 """How a fast feedforward layer is computed, by name, and which way `auto` takes."""
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from shoestring.errors import RequestError, suggest
-from shoestring.fastff import functional, native
+from shoestring.fastff import functional, native, triton_reach
 from shoestring.fastff.sparse import sparse
 
-__all__ = ["METHODS", "check_method", "choose", "needs_gradient", "run"]
+__all__ = ["METHODS", "check_method", "choose", "choose_by_size", "needs_gradient", "run"]
 
 METHODS = ("auto", "plain", "masked", "sparse", "native", "triton")
 
@@ -31,8 +29,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def choose(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, method: str = "auto") -> str:
     """The method for rows x [T, E] where `method` is "auto".
 
-    On the CPU the C++ kernels: `native` for inference, `sparse` for training in float32. Elsewhere, and without them,
-    `plain` for a few tokens and `masked`, which is dense products, for training and many tokens.
+    On the CPU the C++ kernels: `native` for inference, `sparse` for training in float32. Elsewhere, and without them, as
+    `choose_by_size`.
     """
     if method != "auto":
         return method
@@ -41,7 +39,20 @@ def choose(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, method: 
         if training:
             return "sparse" if w_in.dtype == torch.float32 else "masked"
         return "sparse" if torch.compiler.is_compiling() else "native"
-    return "plain" if x.shape[0] <= _FEW_TOKENS and not training else "masked"
+    triton = not triton_reach.why_not(x, w_in, b_in, w_out, training=training)
+    trees, nodes = w_in.shape[:2]
+    return choose_by_size(x.shape[0], trees, functional.depth_of(nodes), training=training, triton=triton)
+
+
+def choose_by_size(tokens: int, trees: int, depth: int, *, training: bool, triton: bool) -> str:
+    """The method without C++ kernels; `triton`: whether its kernels can take the tensors.
+
+    `triton` where that was measured to be faster; else `plain` for a few tokens and `masked`, which is dense products, for
+    training and many tokens.
+    """
+    if triton and triton_reach.pays(tokens, trees, depth, training=training):
+        return "triton"
+    return "plain" if tokens <= _FEW_TOKENS and not training else "masked"
 
 
 def run(method: str, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, activation: str) -> Tensor:
@@ -70,8 +81,11 @@ def _run(method: str, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tenso
         return native.forward(x, w_in, b_in, w_out, activation)
     if x.device.type != "cuda":
         raise RequestError(f"method='triton' runs on an NVIDIA GPU, and the layer is on {x.device}")
-    module = "training" if needs_gradient(x, w_in, b_in, w_out) else "inference"
-    triton = importlib.import_module(f"shoestring.fastff.triton_{module}")
-    function = triton.apply if module == "training" else triton.infer
-    y: Tensor = function(x, w_in, b_in, w_out, activation)
-    return y
+    # Imported here, as Triton is slow to import; by statements, which torch.compile follows.
+    if needs_gradient(x, w_in, b_in, w_out):
+        from shoestring.fastff.triton_training import apply
+
+        return apply(x, w_in, b_in, w_out, activation)
+    from shoestring.fastff.triton_inference import infer
+
+    return infer(x, w_in, b_in, w_out, activation)

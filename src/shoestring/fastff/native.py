@@ -5,7 +5,6 @@ are read where PyTorch has them; a kernel keeps addresses, so whoever keeps a ke
 """
 
 from collections.abc import Sequence
-from functools import cache
 from importlib import util
 from typing import Any
 
@@ -26,12 +25,12 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_BUILT = util.find_spec("shoestring._native") is not None
 
 
-@cache
 def available() -> bool:
     """Whether the native part was built."""
-    return util.find_spec("shoestring._native") is not None
+    return _BUILT
 
 
 def why_not(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor) -> str:

@@ -25,6 +25,9 @@ from shoestring.fastff.methods import METHODS, choose, needs_gradient, run
 
 __all__ = ["TRAINING_METHODS", "ScatteredFastFeedForward", "imbalance", "scattered"]
 
+# `scattered`: one dense product for all logits, activations on the paths only. `masked`: activations of all, as in the
+# paper. `plain`: the loop over levels, by gathering. `sparse`: visited rows only, C++ on a CPU. `triton`: visited rows
+# only, on an NVIDIA GPU. `auto`: as `methods.choose` says.
 TRAINING_METHODS = ("scattered", *(method for method in METHODS if method != "native"))
 
 

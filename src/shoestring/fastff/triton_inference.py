@@ -15,6 +15,7 @@ from torch import Tensor
 from shoestring.errors import RequestError
 from shoestring.fastff import triton_kernels as kernels
 from shoestring.fastff.functional import ACTIVATIONS, activation_function, masked
+from shoestring.fastff.triton_reach import DTYPES, MAX_GROUPED_LEVELS
 
 __all__ = [
     "Groups",
@@ -31,8 +32,6 @@ __all__ = [
     "power_of_two",
     "shape_of",
 ]
-
-MAX_GROUPED_LEVELS = 15  # 2^8 groups of 2^7 - 1 nodes: more columns than that leave the registers
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def shape_of(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, groupi
             f"x (..., E), w_in (K, n, E), w_out (K, n, O), b_in (K, n) with n = 2^levels - 1 don't fit: {shapes}"
         )
     types = {tensor.dtype for tensor in tensors[:3]}
-    if len(types) > 1 or not types <= {torch.float32, torch.bfloat16, torch.float16}:
+    if len(types) > 1 or not types <= set(DTYPES):
         raise RequestError(
             f"x, w_in and w_out must all be float32, bfloat16 or float16, not {sorted(map(str, types))}"
         )
