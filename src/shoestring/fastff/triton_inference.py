@@ -73,24 +73,26 @@ class Groups(NamedTuple):
     starts: Int[Tensor, "K G"]
 
 
-# Estimates of an H100. What they cost is `chosen_over_best` in benchmarks/fast_feedforward_gpu.py.
-_WALK_LIMIT = 2.0  # rows are read about twice as fast from the L2 cache as a whole layer from memory
-_FEW_PROGRAMS = 64  # about half the processors: programs that wait for memory alone
+# Measured on an H100 by benchmarks/fast_feedforward_gpu.py, whose `chosen_over_best` says what they cost.
+_WALK_LIMIT = 3.2  # rows that walking reads, of the layer's own, above which it is slower than grouping
+_NARROW_WALK_LIMIT = 13.0  # the same for rows of at most 2 KB, most of which the L2 cache holds
+_FEW_PROGRAMS = 128  # as many as processors: programs that wait for memory alone
 
 
 def choose(batch: int, width: int, depth: int, dtype: torch.dtype, trees: int = 1) -> Plan:
     """Choose the way for `batch` tokens: by the bytes that walking reads against the layer's own.
 
     A walk reads depth + 1 rows of both matrices per token, grouping the whole layer once. Few programs wait for
-    memory, so they read levels ahead, as far as the rows of a step fit the registers.
+    memory, so they read two levels at a time.
     """
     levels = depth + 1
+    limit = _NARROW_WALK_LIMIT if width * dtype.itemsize <= 2048 else _WALK_LIMIT
     if levels <= 5 and trees > 4:  # hardly a neuron is saved, and cuBLAS is faster at the same work
         return Plan("masked")
-    if levels <= MAX_GROUPED_LEVELS and batch >= 16 and batch * levels > _WALK_LIMIT * (2**levels - 1):
+    if levels <= MAX_GROUPED_LEVELS and batch >= 16 and batch * levels > limit * (2**levels - 1):
         return Plan("grouped")
     if batch * trees <= _FEW_PROGRAMS:
-        return Plan("path", 3 if width * dtype.itemsize <= 2048 and levels % 3 == 0 else 2)
+        return Plan("path", 2)
     return Plan("path", 1)
 
 

@@ -18,90 +18,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from shoestring.engine.cuda.unpack_kernels import halves, nibbles, signed, wide_nibbles
+
 __all__ = ["few_rows_kernel"]
-
-# Four bytes, eight nibbles -> eight numbers: a nibble becomes the last bits of 128 (bfloat16) or 1024 (float16).
-_NIBBLES_BF16: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;
-lop3.b32 $1, b, 0x000F000F, 0x43004300, 0xEA;
-shr.u32 a, a, 4;
-shr.u32 b, b, 4;
-lop3.b32 $2, a, 0x000F000F, 0x43004300, 0xEA;
-lop3.b32 $3, b, 0x000F000F, 0x43004300, 0xEA;
-}""")
-_NIBBLES_FP16: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-lop3.b32 $0, a, 0x000F000F, 0x64006400, 0xEA;
-lop3.b32 $1, b, 0x000F000F, 0x64006400, 0xEA;
-shr.u32 a, a, 4;
-shr.u32 b, b, 4;
-lop3.b32 $2, a, 0x000F000F, 0x64006400, 0xEA;
-lop3.b32 $3, b, 0x000F000F, 0x64006400, 0xEA;
-}""")
-
-
-# The same -> eight float32: a nibble becomes the first bits of the fraction of 1 + n / 16.
-_NIBBLES_FP32: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b, c, d, e, f, g, h;
-shl.b32 a, $8, 19;
-shl.b32 b, $8, 11;
-shl.b32 c, $8, 3;
-shr.u32 d, $8, 5;
-shl.b32 e, $8, 15;
-shl.b32 f, $8, 7;
-shr.u32 g, $8, 1;
-shr.u32 h, $8, 9;
-lop3.b32 a, a, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 b, b, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 c, c, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 d, d, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 e, e, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 f, f, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 g, g, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 h, h, 0x00780000, 0x3F800000, 0xEA;
-mov.b32 $0, a;
-mov.b32 $1, b;
-mov.b32 $2, c;
-mov.b32 $3, d;
-mov.b32 $4, e;
-mov.b32 $5, f;
-mov.b32 $6, g;
-mov.b32 $7, h;
-}""")
-
-
-@triton.jit
-def small(levels):
-    """Integers of 0..255 in float32 without a slow conversion: the last bits of 2^23 + q."""
-    return (levels.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-
-
-@triton.jit
-def signed(levels):
-    """Integers of -128..127 in float32."""
-    bits = (levels.to(tl.uint8, bitcast=True) ^ 128).to(tl.int32) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
-
-
-@triton.jit
-def wide_nibbles(pairs, PTX: tl.constexpr):
-    """Low and high halves n of bytes as v in float32, with n = unit * v - offset; then unit and offset."""
-    if PTX != "":
-        low, high = tl.inline_asm_elementwise(
-            _NIBBLES_FP32, "=f,=f,=f,=f,=f,=f,=f,=f,r", [pairs], (tl.float32, tl.float32), True, 4
-        )
-        unit = 16.0
-        offset = 16.0
-    else:
-        low, high = small(pairs & 15), small(pairs >> 4)
-        unit = 1.0
-        offset = 0.0
-    return low, high, unit, offset
 
 
 @triton.jit
@@ -144,38 +63,11 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def halves(words):
-    """Two float16 out of 32 bits, as float32: the lower and the upper."""
-    lower = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    upper = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return lower, upper
-
-
-@triton.jit
 def prefetch(values, row_bytes, first_byte, n, ROW_BYTES: tl.constexpr, LINES: tl.constexpr):
     """Ask for lines of 128 bytes of some rows, as far as the L2 cache."""
     rows = values.to(tl.int64) + n.to(tl.int64) * row_bytes
     at = rows[:, None] + tl.minimum(first_byte + tl.arange(0, LINES) * 128, ROW_BYTES - 1)[None, :]
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
-
-
-@triton.jit
-def _nibbles(pairs, COMPUTE: tl.constexpr, PTX: tl.constexpr):
-    """Low and high halves of bytes, plus an offset, exact in COMPUTE."""
-    if PTX == "bf16":
-        low, high = tl.inline_asm_elementwise(
-            _NIBBLES_BF16, "=r,=r,=r,=r,r", [pairs], (tl.bfloat16, tl.bfloat16), True, 4
-        )
-        offset = 128.0
-    elif PTX == "fp16":
-        low, high = tl.inline_asm_elementwise(
-            _NIBBLES_FP16, "=r,=r,=r,=r,r", [pairs], (tl.float16, tl.float16), True, 4
-        )
-        offset = 1024.0
-    else:
-        low, high = (pairs & 15).to(COMPUTE), (pairs >> 4).to(COMPUTE)
-        offset = 0.0
-    return low, high, offset
 
 
 @triton.jit
@@ -215,7 +107,7 @@ def _add_int4(
     """Add two groups' products: 64 inputs."""
     inside = chunk * 64 < K
     pairs = load(values + chunk * 32 + tl.arange(0, 32)[None, :], inside, EVEN, "evict_first")
-    low, high, offset = _nibbles(pairs, COMPUTE, PTX)
+    low, high, offset = nibbles(pairs, COMPUTE, PTX)
     words = scales + 2 * chunk * scales_stride + n
     scale, minimum = halves(load(words, inside, EVEN, "evict_first"))
     part = tl.dot(low, even, input_precision="ieee")
