@@ -12,16 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoestring.engine.cuda.linear_kernels import (
-    activated,
-    gained,
-    halves,
-    load,
-    prefetch,
-    signed,
-    small,
-    wide_nibbles,
-)
+from shoestring.engine.cuda.linear_kernels import activated, gained, load, prefetch
+from shoestring.engine.cuda.unpack_kernels import halves, signed, small, wide_nibbles
 
 __all__ = ["dequantize_kernel", "norm_kernel", "one_row_kernel"]
 
