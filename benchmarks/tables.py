@@ -309,6 +309,32 @@ def gpu_step_cost() -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def few_row_matmul() -> str:
+    """A step's products by type of weights and rows, beside PyTorch's."""
+    rows, sources = [], []
+    for name, result in load_results("few_row_matmul"):
+        sources.append(f"[{name}](RESULTS/{name}), {result['machine']}, commit {result['commit']}")
+        for step in result["steps"]:
+            of_step = [
+                row for row in result["table"]
+                if all(row[key] == step[key] for key in ("model", "type", "rows"))
+            ]  # fmt: skip
+            shares = [100 * row["share"] for row in of_step]
+            theirs = step.get("torch_step_us")
+            rows.append(
+                [
+                    f"{step['model']}, {step['type']}, {step['rows']} rows",
+                    f"{step['step_us'] / 1e3:.2f} ms",
+                    f"{theirs / 1e3:.2f} ms" if theirs else "-",
+                    f"{min(shares):.0f}-{max(shares):.0f}%",
+                ]
+            )
+    if not rows:
+        return "Not measured yet.\n"
+    header = ["", "a step's products", "PyTorch's (bfloat16)", "of the read rate, by product"]
+    return "; ".join(sources) + ":\n\n" + table(header, rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "exactness": exactness,
     "tokens-per-step": tokens_per_step,
@@ -319,6 +345,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "fast-feedforward-cpu": fast_feedforward_cpu,
     "fast-feedforward-gpu": fast_feedforward_gpu,
     "gpu-step-cost": gpu_step_cost,
+    "few-row-matmul": few_row_matmul,
     "llama-cpp": llama_cpp,
     "quantization": quantization,
     "quantization-quality": quantization_quality,

@@ -62,6 +62,21 @@ def test_compare_says_equal_and_counts(shoestring, tiny, write_lines, tmp_path):
     assert {step["prompt"] for step in steps} == {0, 1}
 
 
+def test_compare_in_batches(shoestring, tiny, write_lines):
+    prompts = ["abcabcabcabc", "xyxyxyxy", "abab"]
+    source = write_lines(*({"prompt": prompt} for prompt in prompts))
+    arguments = ("compare", "--prompts", str(source), "--model", tiny, *SHORT, "--decoding", "ngram")
+    alone, together = (shoestring(*arguments, "--json", "--batch", batch) for batch in ("1", "2"))
+    assert (alone["batch"], together["batch"]) == (1, 2)
+    for one, other in zip(alone["strategies"], together["strategies"], strict=True):
+        assert other["verdict"] == "equal"
+        assert other["texts"] == 3
+        assert other["tokens_per_step"] == one["tokens_per_step"]  # each accepts its own
+    out = shoestring(*arguments, "--batch", "2")
+    assert [out.index(prompt) for prompt in prompts] == sorted(out.index(prompt) for prompt in prompts)
+    assert "1 and 8" in shoestring(*arguments, "--batch", "0", fails=2)
+
+
 def test_compare_prints_texts_and_a_table(shoestring, tiny):
     out = shoestring("compare", "abcabc", "--model", tiny, *SHORT, "--decoding", "ngram")
     model = package.load(tiny, dtype="float32")

@@ -34,6 +34,10 @@ def compare(
             help="A strategy, with settings in brackets; may be repeated. [default: lookahead, ngram, auto]",
         ),
     ] = None,
+    batch: Annotated[
+        int,
+        typer.Option(help="Decode so many of the prompts at once (1 to 8), each accepting its own tokens."),
+    ] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Use no chat template.")] = False,
     trace: Annotated[
         Path | None,
@@ -59,7 +63,9 @@ def compare(
     """Decode the same prompts with several strategies and say what each gains and whether its text is the same.
 
     Tokens accepted beyond the first of a step are tinted. The last column says whether the tokens equal plain
-    decoding's, or where they part and how near the two tokens' logits were (in bfloat16 near ties may part).
+    decoding's, or where they part and how near the two tokens' logits were (in bfloat16 near ties may part). With
+    --batch, tokens/step are a sequence's own, tokens/s those of all sequences that are decoded at once, and ratios are
+    over plain decoding of the same batch.
 
     Example: shoestring compare "Write a haiku about the sea." -d lookahead -d "lookahead(window=15,ngram=5,guesses=15)"
     """
@@ -93,11 +99,11 @@ def compare(
 
         asked = [as_prompt(language_model, text, raw) for text in texts]
         view = _View(texts, quiet=json, trace=stack.enter_context(trace.open("w")) if trace else None)
-        comparison = compare_strategies(language_model, asked, names, view.show, **options)
+        comparison = compare_strategies(language_model, asked, names, view.show, batch=batch, **options)
     if json:
         settings = {name: value for name, value in options.items() if name != "stop"}
         print_json(
-            {"model": model, "weights": language_model.runner.weights, "prompts": len(texts)}
+            {"model": model, "weights": language_model.runner.weights, "prompts": len(texts), "batch": batch}
             | {"settings": settings, "strategies": comparison.as_json()}
         )
     else:

@@ -1,23 +1,31 @@
 """Decoding strategies side by side on the same prompts: tokens/step, tokens/s, and equality with plain decoding."""
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shoestring.decoding.settings import as_decoding, describe
+from shoestring.errors import RequestError
 from shoestring.evaluation.parting import Parting, find_parting
 from shoestring.generation import Generation, Piece, Prompt
 from shoestring.model import LanguageModel
 
-__all__ = ["PLAIN", "Comparison", "StrategySummary", "compare"]
+__all__ = ["MAX_BATCH", "PLAIN", "Comparison", "StrategySummary", "compare"]
 
 PLAIN = "autoregressive"
+MAX_BATCH = 8
+"""Prompts that `generate` decodes at once."""
 
 
 @dataclass(frozen=True)
 class StrategySummary:
-    """One strategy over all prompts. `ratio` is its tokens/s over plain decoding's, the median over prompts."""
+    """One strategy over all prompts.
+
+    `tokens_per_step` is a sequence's own; `tokens_per_second` is of all that are decoded at once. `ratio` is tokens/s over
+    plain decoding's at the same batch, the median over batches.
+    """
 
     decoding: str
     tokens_per_step: float
@@ -42,11 +50,14 @@ class StrategySummary:
 
 @dataclass
 class Comparison:
-    """Every strategy's texts, by prompt. `decodings[0]` is plain decoding."""
+    """Every strategy's texts, by prompt. `decodings[0]` is plain decoding; `batch` prompts are decoded at once."""
 
     decodings: list[str]
+    batch: int = 1
     generations: dict[str, list[Generation]] = field(default_factory=dict)
     partings: dict[str, dict[int, Parting]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    """By strategy, how long each batch took."""
 
     def add(self, generation: Generation, parting: Parting | None) -> None:
         """Add a strategy's text of the next prompt."""
@@ -62,11 +73,16 @@ class Comparison:
     def _summary(self, decoding: str) -> StrategySummary:
         own, plain = self.generations[decoding], self.generations[self.decodings[0]]
         partings = self.partings.get(decoding, {})
-        ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(own, plain, strict=False)]
+        took, plain_took = self.seconds[decoding], self.seconds[self.decodings[0]]
+        ratios = []
+        for index, (ours, theirs) in enumerate(zip(took, plain_took, strict=False)):
+            part = slice(index * self.batch, (index + 1) * self.batch)
+            tokens, plain_tokens = (sum(len(g.token_ids) for g in every[part]) for every in (own, plain))
+            ratios.append(tokens / ours / (plain_tokens / theirs))
         return StrategySummary(
             decoding,
             sum(len(g.token_ids) for g in own) / sum(g.steps for g in own),
-            sum(len(g.token_ids) for g in own) / sum(g.seconds for g in own),
+            sum(len(g.token_ids) for g in own) / sum(took),
             statistics.median(ratios),
             len(own),
             len(own) - len(partings),
@@ -91,31 +107,52 @@ def compare(
     prompts: Sequence[Prompt],
     decodings: Sequence[str],
     on_piece: Callable[[int, str, Piece], None] = lambda *_: None,
+    *,
+    batch: int = 1,
     **options: Any,
 ) -> Comparison:
-    """Run every strategy on every prompt in turn.
+    """Run every strategy on every prompt in turn, or on `batch` prompts at once.
 
     Plain decoding comes first, asked for or not. Nothing cached by one strategy helps the next. Options as for
-    `LanguageModel.stream`; `on_piece(prompt, decoding, piece)` sees the texts as they come.
+    `LanguageModel.stream`; `on_piece(prompt, decoding, piece)` sees the texts as they come, those of a batch prompt by
+    prompt when all strategies are done with it.
+
+    Raises:
+        RequestError: a batch below 1, or larger than the engine decodes at once.
     """
+    if not 1 <= batch <= MAX_BATCH:
+        raise RequestError(f"batch {batch} is not within 1 and {MAX_BATCH}, which the engine decodes at once")
     names = list(dict.fromkeys([PLAIN, *(describe(as_decoding(decoding)) for decoding in decodings)]))
-    comparison = Comparison(names)
+    comparison = Comparison(names, batch)
     ids = [model.encode(prompt) for prompt in prompts]
     for name in names:  # warm up, and time the machine where a strategy needs it, before anything counts
-        model.generate(ids[0][-16:], decoding=name, max_new_tokens=4)
-    for index, prompt in enumerate(ids):
+        model.generate([tokens[-16:] for tokens in ids[:batch]], decoding=name, max_new_tokens=4)
+    for start in range(0, len(ids), batch):
+        group = ids[start : start + batch]
+        pieces: dict[str, list[Piece]] = {}
         for name in names:
             model.forget()
-            generation = None
-            for piece in model.stream(prompt, decoding=name, **options):
-                on_piece(index, name, piece)
-                generation = piece.generation
-            assert generation is not None, "a stream ends with its generation"
-            plain = comparison.generations.get(PLAIN, [])
-            parting = None
-            if name != PLAIN:
-                parting = find_parting(
-                    model.runner, prompt, plain[index].token_ids, generation.token_ids, model.dtype
-                )
-            comparison.add(generation, parting)
+            began = time.perf_counter()
+            pieces[name] = []
+            for piece in model.stream(group, decoding=name, **options):
+                pieces[name].append(piece)
+                if batch == 1:
+                    on_piece(start, name, piece)
+            elapsed = time.perf_counter() - began
+            ends = {piece.index: piece.generation for piece in pieces[name] if piece.generation is not None}
+            # Alone, a text's own time, which showing it is no part of.
+            comparison.seconds.setdefault(name, []).append(ends[0].seconds if batch == 1 else elapsed)
+            for index, prompt in enumerate(group):
+                generation = ends[index]
+                parting = None
+                if name != PLAIN:
+                    plain = comparison.generations[PLAIN][start + index].token_ids
+                    parting = find_parting(model.runner, prompt, plain, generation.token_ids, model.dtype)
+                comparison.add(generation, parting)
+        if batch > 1:
+            for index in range(len(group)):
+                for name in names:
+                    for piece in pieces[name]:
+                        if piece.index == index:
+                            on_piece(start + index, name, piece)
     return comparison
