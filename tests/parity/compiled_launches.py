@@ -83,8 +83,8 @@ def compile_launch(launch: Launch) -> Compiled:
             attributes[at] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1 and not plain:
-            constants[at] = 1
+        elif value is None or (value == 1 and not plain):
+            constants[at] = value
         else:
             signature[name] = "i32"
             if value % 16 == 0 and not plain:
