@@ -1,9 +1,12 @@
-"""Speed: tokens/s of every strategy and of transformers' own `generate`, interleaved, in one run.
+"""Speed: tokens/s of every strategy and of transformers' own `generate`, interleaved, in one run, by batch.
 
-Each round decodes other prompts with every contender in turn; ratios are taken within a round, and the median and
-range over rounds are reported. transformers is measured with its dynamic and its static cache and the better counts.
+Each round decodes other prompts with every contender in turn, `--batch` of a set at once; ratios are taken within a round,
+and the median and range over rounds are reported. transformers is measured with its dynamic and its static cache, on a GPU
+also with the static cache compiled (prompts are then padded to one width, so that it compiles once), and the best counts.
+Tokens/s are of all sequences of a batch, tokens/step of each. The first batch is also told set by set.
 
     python -m benchmarks.speed --dtype bfloat16 --output benchmarks/results/speed.cpu-2threads-avx512_bf16.json
+    python -m benchmarks.speed --device cuda --batch 1 2 4 8 --max-new-tokens 128 --seconds 500
 """
 
 import json
@@ -15,6 +18,8 @@ from benchmarks.common import chat, held_out_prompts, parser
 from shoestring.evaluation.results import write_result
 
 SETS = ("mt_bench", "gsm8k", "humaneval")
+Round = dict[str, dict[str, dict[str, float]]]
+"""By contender and set: tokens, steps, seconds."""
 
 
 def main() -> None:
@@ -22,6 +27,10 @@ def main() -> None:
     arguments.add_argument("--dtype", default="bfloat16")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--prompts", type=int, default=2, help="prompts of each set in a round")
+    arguments.add_argument("--batch", type=int, nargs="*", default=[1], help="prompts decoded at once")
+    arguments.add_argument(
+        "--seconds", type=float, default=1e9, help="begin no round after so many, shared among the batches"
+    )
     arguments.add_argument("--max-new-tokens", type=int, default=96)
     arguments.add_argument("--threads", type=int, help="CPU threads (all cores by default)")
     arguments.add_argument(
@@ -30,6 +39,7 @@ def main() -> None:
         default=["autoregressive", "lookahead", "lookahead(prompt_pool=True)", "ngram", "auto"],
     )
     options = arguments.parse_args()
+    began = time.perf_counter()
 
     import torch
 
@@ -40,98 +50,157 @@ def main() -> None:
     model = shoestring.load(options.model, device=options.device, dtype=options.dtype)
     cost = model.step_cost()
     contenders = ["transformers dynamic", "transformers static", *options.decoding]
-    chosen = {name: held_out_prompts(name, options.rounds * options.prompts) for name in SETS}
-    rounds: list[dict[str, dict[str, float]]] = []
-    for contender in contenders:  # warm up
-        run(model, contender, chat("Hello"), 16)
-    for index in range(options.rounds):
-        totals: dict[str, dict[str, float]] = {
-            name: {"tokens": 0, "steps": 0, "seconds": 0} for name in contenders
+    if model.device.type == "cuda":
+        contenders.insert(2, "transformers compiled")
+    batches: dict[str, Any] = {}
+    for position, batch in enumerate(options.batch):
+        groups = options.prompts if batch == 1 else 1
+        chosen = {name: held_out_prompts(name, options.rounds * max(batch, options.prompts)) for name in SETS}
+        left = (options.seconds - (time.perf_counter() - began)) / (len(options.batch) - position)
+        rounds, warm_up = measure(model, contenders, chosen, batch, groups, left, options)
+        batches[str(batch)] = {
+            "rounds": len(rounds),
+            "warm_up_seconds": warm_up,
+            "contenders": {name: summary(rounds, name) for name in contenders},
+            "sets": {only: {name: summary(rounds, name, (only,)) for name in contenders} for only in SETS},
         }
-        for name in SETS:
-            for prompt in chosen[name][index :: options.rounds]:
-                for contender in contenders:
-                    outcome = run(model, contender, chat(prompt), options.max_new_tokens)
-                    for key, value in outcome.items():
-                        totals[contender][key] += value
-        rounds.append(totals)
-        print(f"round {index + 1} of {options.rounds}: " + line(totals), flush=True)
+    first = batches[str(options.batch[0])]
     result = {
         "benchmark": "speed",
         "model": options.model,
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
-        "prompts": {name: len(prompts) for name, prompts in chosen.items()},
+        "prompts": dict.fromkeys(SETS, options.rounds * options.prompts),
+        "batch": options.batch[0],
         "max_new_tokens": options.max_new_tokens,
         "step_cost_ms": {
             str(rows): round(1000 * seconds, 2) for rows, seconds in zip(cost.rows, cost.seconds, strict=True)
         },
-        "contenders": {name: summary(rounds, name) for name in contenders},
+        "contenders": first["contenders"],
+        "sets": first["sets"],
+        "batches": batches,
     }
     print(json.dumps(result))
     if options.output:
         write_result(options.output, result, str(model.model.device))
 
 
-def run(model: Any, contender: str, messages: list[dict[str, str]], tokens: int) -> dict[str, float]:
+def measure(
+    model: Any,
+    contenders: list[str],
+    chosen: dict[str, list[str]],
+    batch: int,
+    groups: int,
+    seconds: float,
+    options: Any,
+) -> tuple[list[Round], dict[str, float]]:
+    """Rounds of `groups` groups of `batch` prompts of each set, at least one, none begun after so many seconds."""
+    encoded = {name: [model.encode(chat(prompt)) for prompt in prompts] for name, prompts in chosen.items()}
+    width = max(len(ids) for every in encoded.values() for ids in every)
+    began = time.perf_counter()
+    warm_up = {}
+    for contender in contenders:
+        start = time.perf_counter()
+        for _ in range(2):
+            run(model, contender, next(iter(encoded.values()))[:batch], options.max_new_tokens, width)
+        warm_up[contender] = round(time.perf_counter() - start, 2)
+    rounds: list[Round] = []
+    for index in range(options.rounds):
+        if rounds and time.perf_counter() - began > seconds:
+            break
+        totals: Round = {
+            name: {only: {"tokens": 0, "steps": 0, "seconds": 0} for only in SETS} for name in contenders
+        }
+        for name in SETS:
+            mine = encoded[name][index :: options.rounds]
+            for group in range(groups):
+                prompts = mine[group * batch : (group + 1) * batch]
+                for contender in contenders:
+                    outcome = run(model, contender, prompts, options.max_new_tokens, width)
+                    for key, value in outcome.items():
+                        totals[contender][name][key] += value
+        rounds.append(totals)
+        print(
+            f"batch {batch}, round {index + 1} of {options.rounds}: "
+            + ", ".join(f"{name} {speed(totals, name):.1f}" for name in contenders),
+            flush=True,
+        )
+    return rounds, warm_up
+
+
+def run(model: Any, contender: str, prompts: list[list[int]], tokens: int, width: int) -> dict[str, float]:
+    """Decode these prompts at once."""
     model.forget()  # no prefix is reused between contenders
     if not contender.startswith("transformers"):
-        generation = model.generate(messages, decoding=contender, max_new_tokens=tokens)
+        began = time.perf_counter()
+        generations = model.generate(prompts, decoding=contender, max_new_tokens=tokens)
+        seconds = time.perf_counter() - began
         return {
-            "tokens": len(generation.token_ids),
-            "steps": generation.steps,
-            "seconds": generation.seconds,
+            "tokens": sum(len(generation.token_ids) for generation in generations),
+            "steps": sum(generation.steps for generation in generations),
+            "seconds": seconds,
         }
     import torch
 
-    inputs = torch.tensor([model.encode(messages)], device=model.model.device)
+    kind = contender.removeprefix("transformers ")
+    width = width if kind == "compiled" else max(map(len, prompts))
+    pad = model.eos_ids[0]
+    device = model.model.device
+    inputs = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     attention = model.model.config._attn_implementation
     model.model.set_attn_implementation("sdpa")
-    settings: dict[str, Any] = {} if "dynamic" in contender else {"cache_implementation": "static"}
+    settings: dict[str, Any] = {} if kind == "dynamic" else {"cache_implementation": "static"}
     try:
         began = time.perf_counter()
         output = model.model.generate(
             inputs,
-            attention_mask=torch.ones_like(inputs),
+            attention_mask=mask,
             max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=model.eos_ids,
-            pad_token_id=model.eos_ids[0],
-            disable_compile=True,
+            pad_token_id=pad,
+            disable_compile=kind != "compiled",
             **settings,
         )
-        count = len(output[0].tolist()) - inputs.shape[1]
-        return {"tokens": count, "steps": count, "seconds": time.perf_counter() - began}
+        texts = output[:, width:].tolist()
+        seconds = time.perf_counter() - began
     finally:
         model.model.set_attn_implementation(attention)
+    count = sum(length_of(text, model.eos_ids) for text in texts)
+    return {"tokens": count, "steps": count, "seconds": seconds}
 
 
-def line(totals: dict[str, dict[str, float]]) -> str:
-    return ", ".join(f"{name} {total['tokens'] / total['seconds']:.1f}" for name, total in totals.items())
+def length_of(text: list[int], ends: list[int]) -> int:
+    """Tokens up to the first that ends the text, that one included."""
+    return next((at + 1 for at, token in enumerate(text) if token in ends), len(text))
 
 
-def summary(rounds: list[dict[str, dict[str, float]]], name: str) -> dict[str, Any]:
-    def speed(totals: dict[str, dict[str, float]], contender: str) -> float:
-        return totals[contender]["tokens"] / totals[contender]["seconds"]
+def speed(totals: Round, contender: str, sets: tuple[str, ...] = SETS) -> float:
+    """Tokens per second over some sets."""
+    parts = [totals[contender][name] for name in sets]
+    return sum(part["tokens"] for part in parts) / sum(part["seconds"] for part in parts)
 
-    def ratios(over: list[str]) -> list[float]:
-        return [speed(totals, name) / max(speed(totals, other) for other in over) for totals in rounds]
 
-    plain = ratios(["autoregressive"])
-    theirs = ratios(["transformers dynamic", "transformers static"])
+def summary(rounds: list[Round], name: str, sets: tuple[str, ...] = SETS) -> dict[str, Any]:
+    theirs = [contender for contender in rounds[0] if contender.startswith("transformers")]
+
+    def ratio(over: list[str]) -> dict[str, Any]:
+        found = [
+            speed(totals, name, sets) / max(speed(totals, other, sets) for other in over) for totals in rounds
+        ]
+        middle, low, high = (round(value, 3) for value in (statistics.median(found), min(found), max(found)))
+        return {"median": middle, "range": [low, high]}
+
+    parts = [totals[name][only] for totals in rounds for only in sets]
     return {
         "tokens_per_step": round(
-            sum(r[name]["tokens"] for r in rounds) / sum(r[name]["steps"] for r in rounds), 3
+            sum(part["tokens"] for part in parts) / sum(part["steps"] for part in parts), 3
         ),
-        "tokens_per_second": round(statistics.median(speed(totals, name) for totals in rounds), 2),
-        "over_autoregressive": {
-            "median": round(statistics.median(plain), 3),
-            "range": [round(min(plain), 3), round(max(plain), 3)],
-        },
-        "over_best_transformers": {
-            "median": round(statistics.median(theirs), 3),
-            "range": [round(min(theirs), 3), round(max(theirs), 3)],
-        },
+        "tokens_per_second": round(statistics.median(speed(totals, name, sets) for totals in rounds), 2),
+        "over_autoregressive": ratio(["autoregressive"]),
+        "over_best_transformers": ratio(theirs),
+        "over_eager_transformers": ratio(["transformers dynamic"]),
     }
 
 

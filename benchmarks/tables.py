@@ -68,25 +68,30 @@ def speed() -> str:
     """Tokens per second of each strategy, as ratios within one run."""
     parts = []
     for name, result in load_results("speed"):
-        rows = []
-        for contender, row in result["contenders"].items():
-            plain, theirs = row["over_autoregressive"], row["over_best_transformers"]
-            rows.append(
-                [
-                    f"`{contender}`" if not contender.startswith("transformers") else contender,
-                    f"{row['tokens_per_step']:.2f}",
-                    f"{row['tokens_per_second']:.1f}",
-                    f"{plain['median']:.2f}x ({plain['range'][0]:.2f}-{plain['range'][1]:.2f})",
-                    f"{theirs['median']:.2f}x",
-                ]
-            )
-        parts.append(
-            f"{result['model']}, {result['dtype']}, batch 1, greedy, MT-Bench + GSM8K + HumanEval, "
-            f"{result['machine']}, commit {result['commit']} "
-            f"([{name}](RESULTS/{name})); ratios are medians over rounds of one run:\n\n"
-            + table(["", "tokens/step", "tokens/s", "over plain", "over transformers' best"], rows)
-        )
+        batches = result.get("batches") or {"1": result}  # older files are of one batch
+        parts += [_speed_part(name, result, batch, cell) for batch, cell in batches.items()]
     return "\n".join(parts)
+
+
+def _speed_part(name: str, result: Result, batch: str, cell: Result) -> str:
+    rows = []
+    for contender, row in cell["contenders"].items():
+        plain, theirs = row["over_autoregressive"], row["over_best_transformers"]
+        rows.append(
+            [
+                f"`{contender}`" if not contender.startswith("transformers") else contender,
+                f"{row['tokens_per_step']:.2f}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{plain['median']:.2f}x ({plain['range'][0]:.2f}-{plain['range'][1]:.2f})",
+                f"{theirs['median']:.2f}x",
+            ]
+        )
+    return (
+        f"{result['model']}, {result['dtype']}, batch {batch}, greedy, MT-Bench + GSM8K + HumanEval, "
+        f"{result['machine']}, commit {result['commit']} "
+        f"([{name}](RESULTS/{name})); ratios are medians over rounds of one run:\n\n"
+        + table(["", "tokens/step", "tokens/s", "over plain", "over transformers' best"], rows)
+    )
 
 
 _PASS_FORMS = {
