@@ -59,7 +59,7 @@ def test_linear_and_gated(workspace, quantize, outputs, inputs, rows):
     assert_near(out, x, weight, residual=residual, **extras)
     up = pack_weight(random(outputs, inputs, seed=4), quantize)
     out.fill_(float("nan"))
-    gated_linear(x, weight, up, out, norm=norm, activation="gelu_tanh")
+    gated_linear(x, weight, up, out, norm=norm, activation="gelu_tanh", workspace=None)
     assert_near(out, x, weight, up, norm=norm, activation="gelu_tanh")
     assert not workspace.arrived.any()
 
@@ -88,7 +88,7 @@ def test_one_row_by_any_launch(workspace, quantize, config):
     x, weight = random(1, 288), pack_weight(random(21, 288), quantize)
     norm = RowNorm(random(288, seed=1))
     out = torch.full((1, 21), float("nan"), device=DEVICE)
-    linear(x, weight, out, norm=norm, config=config)
+    linear(x, weight, out, norm=norm, workspace=None, config=config)
     assert_near(out, x, weight, norm=norm)
 
 
@@ -142,7 +142,14 @@ def test_strided_rows_and_narrow_types():
     x = random(1, 200).bfloat16()
     weight = pack_weight(random(24, 96).bfloat16())
     out = torch.zeros(1, 40, dtype=torch.bfloat16, device=DEVICE)
-    linear(x[:, 8:104], weight, out[:, :24], norm=RowNorm(random(96, seed=1).bfloat16()), config=ONE)
+    linear(
+        x[:, 8:104],
+        weight,
+        out[:, :24],
+        norm=RowNorm(random(96, seed=1).bfloat16()),
+        workspace=None,
+        config=ONE,
+    )
     expected = linear_twin(x[:, 8:104].float(), weight, norm=RowNorm(random(96, seed=1).bfloat16()))
     torch.testing.assert_close(
         out[:, :24].float(), expected, rtol=2**-7, atol=1e-3
@@ -155,28 +162,28 @@ def test_prefill(quantize):
     x, weight, up = random(257, 96), *(pack_weight(random(20, 96, seed=s), quantize) for s in (0, 1))
     norm, bias, residual = RowNorm(random(96, seed=1)), random(20), random(257, 20)
     out = residual.clone()
-    linear(x, weight, out, norm=norm, bias=bias, residual=out, activation="relu")
+    linear(x, weight, out, norm=norm, bias=bias, residual=out, activation="relu", workspace=None)
     assert_near(out, x, weight, norm=norm, bias=bias, residual=residual, activation="relu")
-    gated_linear(x, weight, up, out, norm=norm)
+    gated_linear(x, weight, up, out, norm=norm, workspace=None)
     assert_near(out, x, weight, up, norm=norm, activation="silu")
 
 
 def test_no_rows_are_no_work():
     x, weight, out = random(0, 64), pack_weight(random(8, 64)), torch.empty(0, 8, device=DEVICE)
     assert not list(launches(x, weight, None, out))
-    linear(x, weight, out)
+    linear(x, weight, out, workspace=None)
 
 
 def test_misfits_are_refused():
     x, weight, out = random(2, 64), pack_weight(random(8, 64)), torch.empty(2, 8, device=DEVICE)
     with pytest.raises(RequestError, match=r"\[2, 32\] and a weight \[8, 64\]"):
-        linear(x[:, :32], weight, out)
+        linear(x[:, :32], weight, out, workspace=None)
     with pytest.raises(RequestError, match="'tanh'"):
-        linear(x, weight, out, activation="tanh")
+        linear(x, weight, out, activation="tanh", workspace=None)
     with pytest.raises(RequestError, match="differ"):
-        gated_linear(x, weight, pack_weight(random(8, 64), "int8"), out)
+        gated_linear(x, weight, pack_weight(random(8, 64), "int8"), out, workspace=None)
     with pytest.raises(RequestError, match="one-row launch was chosen for 2"):
-        linear(x, weight, out, config=ONE)
+        linear(x, weight, out, workspace=None, config=ONE)
 
 
 SHAPES = [

@@ -100,11 +100,11 @@ def linear(
     weight: DeviceWeight,
     out: Float[Tensor, "M N"],
     *,
+    workspace: LinearWorkspace | None,
     norm: Norm | None = None,
     bias: Float[Tensor, " N"] | None = None,
     residual: Float[Tensor, "M N"] | None = None,
     activation: str | None = None,
-    workspace: LinearWorkspace | None = None,
     tuning: Tuning | None = None,
     config: LaunchConfig | None = None,
 ) -> None:
@@ -113,9 +113,10 @@ def linear(
     Tensors may be of any floating type; rows may be strided, their elements are dense.
 
     Args:
+        workspace: with None no sum is split and norms are always fused, which can be far slower: no default, lest it is
+            forgotten.
         residual: may be `out` itself.
         activation: None, "silu", "gelu_tanh", "gelu" or "relu".
-        workspace: without one no sum is split and norms are always fused.
         tuning: what was measured on this machine where None.
         config: this very launch, whatever was measured.
 
@@ -131,9 +132,9 @@ def gated_linear(
     up: DeviceWeight,
     out: Float[Tensor, "M N"],
     *,
+    workspace: LinearWorkspace | None,
     norm: Norm | None = None,
     activation: str = "silu",
-    workspace: LinearWorkspace | None = None,
     tuning: Tuning | None = None,
     config: LaunchConfig | None = None,
 ) -> None:

@@ -85,6 +85,18 @@ def _rows_of_x(
 
 
 @triton.jit
+def _pairs_of_x(
+    x, gain, squares, k, K: tl.constexpr, EVEN: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Inputs k and those 32 on, as right operands [k, BLOCK_M], and the sums of squares so far."""
+    tile, squares = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last")
+    even = tl.trans(tile)
+    tile, squares = _rows_of_x(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last")
+    return even, tl.trans(tile), squares
+
+
+@triton.jit
 def _add_int8(
     sums, values, scales, n, chunk, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -240,29 +252,10 @@ def few_rows_kernel(
         elif WRITTEN:
             chunk = trip * (BLOCK_K // 64) + tl.arange(0, BLOCK_K // 64)
             k = tl.reshape(chunk[:, None] * 64 + tl.arange(0, 32)[None, :], [BLOCK_K // 2])
-            tile, squares = _rows_of_x(
-                x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
-            )
-            even = tl.trans(tile)
-            tile, squares = _rows_of_x(
-                x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
-            )
-            odd = tl.trans(tile)
+            even, odd, squares = _pairs_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
             sums = _add_written(
-                sums,
-                first + at,
-                first_scales,
-                own,
-                chunk,
-                scales_stride,
-                even,
-                odd,
-                K,
-                KIND,
-                EVEN,
-                COMPUTE,
-                PTX,
-            )
+                sums, first + at, first_scales, own, chunk, scales_stride, even, odd, K, KIND, EVEN, COMPUTE, PTX
+            )  # fmt: skip
             if GATED:
                 other = _add_written(
                     other, second + at, second_scales, own, chunk, scales_stride, even, odd, K, KIND, EVEN, COMPUTE, PTX
@@ -271,14 +264,7 @@ def few_rows_kernel(
             for part in tl.static_range(BLOCK_K // 64):
                 chunk = trip * (BLOCK_K // 64) + part
                 k = chunk * 64 + tl.arange(0, 32)
-                tile, squares = _rows_of_x(
-                    x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
-                )
-                even = tl.trans(tile)
-                tile, squares = _rows_of_x(
-                    x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
-                )
-                odd = tl.trans(tile)
+                even, odd, squares = _pairs_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
                 if KIND == 8:
                     sums = _add_int8(
                         sums, first + at, first_scales, own, chunk, scales_stride, even, odd, K, EVEN, COMPUTE

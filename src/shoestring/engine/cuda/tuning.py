@@ -209,8 +209,7 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
 
 
 def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[LaunchConfig]:
-    """At most `most` configurations worth measuring, the heuristic's first; wide ones (for rows of which a tile is as large
-    as the weights') by how many programs share a multiprocessor."""
+    """Configurations worth measuring, the heuristic's first: at most `most` near it, and those that just fill the card."""
     return list(dict.fromkeys([*_near_heuristic(problem, processors)[:most], *_filling(problem, processors)]))
 
 
@@ -220,8 +219,10 @@ def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
         return []
     if problem.rows == 1:
         return _by_slices(problem) if problem.quantised else []
+    if problem.bucket < 16:
+        return []
     rows, itemsize = problem.bucket, problem.row_bytes / problem.inputs / (2 if problem.gated else 1)
-    block_m = min(max(rows, 8), 64)
+    block_m = min(rows, 64)
     found = []
     for block_n, block_k, together in product((64, 128, 256), (64, 128, 256), (1, 2, 3)):
         tiles = -(-problem.outputs // block_n) * -(-rows // block_m)
@@ -229,7 +230,7 @@ def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
         stages = min(8, int(220_000 / together / stage))
         split_k = max(1, together * processors // tiles)
         trips = -(-problem.inputs // block_k)
-        if stages < 2 or rows < 16 or (split_k > 1 and trips < 4 * split_k):
+        if stages < 2 or (split_k > 1 and trips < 4 * split_k):
             continue
         base = LaunchConfig(
             "few_rows", block_n, block_k, block_m, split_k, 4, stages, lines=2, fuse_norm=False
@@ -250,7 +251,7 @@ def _by_slices(problem: Problem) -> list[LaunchConfig]:
     """One row, quantised: each thread takes its slice of the inputs through all outputs of a tile."""
     found = []
     for warps, block_n in product((1, 2, 4), (4, 8, 16)):
-        block_k = 1024 * warps * (2 if problem.kind == "int4" else 1) // 2
+        block_k = (1024 if problem.kind == "int4" else 512) * warps
         trips = -(-problem.inputs // block_k)
         one = LaunchConfig("one_row", block_n, block_k, 1, warps=warps, stages=1, lines=8)
         if trips <= 4:

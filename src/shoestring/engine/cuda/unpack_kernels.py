@@ -12,59 +12,48 @@ import triton.language as tl
 
 __all__ = ["halves", "nibbles", "signed", "small", "wide_nibbles"]
 
+_NIBBLES = """{
+.reg .b32 a, b;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+lop3.b32 $0, a, 0x000F000F, MAGIC, 0xEA;
+lop3.b32 $1, b, 0x000F000F, MAGIC, 0xEA;
+shr.u32 a, a, 4;
+shr.u32 b, b, 4;
+lop3.b32 $2, a, 0x000F000F, MAGIC, 0xEA;
+lop3.b32 $3, b, 0x000F000F, MAGIC, 0xEA;
+}"""
 # Four bytes, eight nibbles -> eight numbers: a nibble becomes the last bits of 128 (bfloat16) or 1024 (float16).
-_NIBBLES_BF16: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;
-lop3.b32 $1, b, 0x000F000F, 0x43004300, 0xEA;
-shr.u32 a, a, 4;
-shr.u32 b, b, 4;
-lop3.b32 $2, a, 0x000F000F, 0x43004300, 0xEA;
-lop3.b32 $3, b, 0x000F000F, 0x43004300, 0xEA;
-}""")
-_NIBBLES_FP16: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-lop3.b32 $0, a, 0x000F000F, 0x64006400, 0xEA;
-lop3.b32 $1, b, 0x000F000F, 0x64006400, 0xEA;
-shr.u32 a, a, 4;
-shr.u32 b, b, 4;
-lop3.b32 $2, a, 0x000F000F, 0x64006400, 0xEA;
-lop3.b32 $3, b, 0x000F000F, 0x64006400, 0xEA;
-}""")
+_NIBBLES_BF16: tl.constexpr = tl.constexpr(_NIBBLES.replace("MAGIC", "0x43004300"))
+_NIBBLES_FP16: tl.constexpr = tl.constexpr(_NIBBLES.replace("MAGIC", "0x64006400"))
 
-
-# The same -> eight float32: a nibble becomes the first bits of the fraction of 1 + n / 16.
-_NIBBLES_FP32: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b, c, d, e, f, g, h;
-shl.b32 a, $8, 19;
-shl.b32 b, $8, 11;
-shl.b32 c, $8, 3;
-shr.u32 d, $8, 5;
-shl.b32 e, $8, 15;
-shl.b32 f, $8, 7;
-shr.u32 g, $8, 1;
-shr.u32 h, $8, 9;
-lop3.b32 a, a, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 b, b, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 c, c, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 d, d, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 e, e, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 f, f, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 g, g, 0x00780000, 0x3F800000, 0xEA;
-lop3.b32 h, h, 0x00780000, 0x3F800000, 0xEA;
-mov.b32 $0, a;
-mov.b32 $1, b;
-mov.b32 $2, c;
-mov.b32 $3, d;
-mov.b32 $4, e;
-mov.b32 $5, f;
-mov.b32 $6, g;
-mov.b32 $7, h;
-}""")
+# The same -> eight float32, the low halves first: a nibble becomes the first bits of the fraction of 1 + n / 16. Results
+# are moved out last: they may lie where the bytes do.
+_SHIFTS = (
+    "shl.b32 19",
+    "shl.b32 11",
+    "shl.b32 3",
+    "shr.u32 5",
+    "shl.b32 15",
+    "shl.b32 7",
+    "shr.u32 1",
+    "shr.u32 9",
+)
+_NIBBLES_FP32: tl.constexpr = tl.constexpr(
+    "\n".join(
+        [
+            "{",
+            ".reg .b32 a, b, c, d, e, f, g, h;",
+            *(
+                f"{shift} {name}, $8, {places};"
+                for name, (shift, places) in zip("abcdefgh", map(str.split, _SHIFTS), strict=True)
+            ),
+            *(f"lop3.b32 {name}, {name}, 0x00780000, 0x3F800000, 0xEA;" for name in "abcdefgh"),
+            *(f"mov.b32 ${index}, {name};" for index, name in enumerate("abcdefgh")),
+            "}",
+        ]
+    )
+)
 
 
 @triton.jit
