@@ -64,8 +64,10 @@ def gpu_parts(name: str, result: Result) -> list[str]:
         ]
         for row in result["training"]
     ]
+    later = result.get("ways_chosen_as_of")
+    chosen = f", each cell by the way that is chosen as of commit {later}" if later else ""
     return [
-        f"Inference of one tree, {result['dtype']}, {result['machine']}, commit {result['commit']} "
+        f"Inference of one tree, {result['dtype']}, {result['machine']}, commit {result['commit']}{chosen} "
         f"([{name}](RESULTS/{name})): microseconds a layer by `triton`, and how many times faster than the faster dense "
         "layer of as many neurons (cuBLAS), by tokens of a batch; medians, weights in no cache:\n\n"
         + table(["", *(f"{batch:,}" for batch in batches)], rows),

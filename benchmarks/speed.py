@@ -3,7 +3,7 @@
 Each round decodes other prompts with every contender in turn, `--batch` of a set at once; ratios are taken within a round,
 and the median and range over rounds are reported. transformers is measured with its dynamic and its static cache, on a GPU
 also with the static cache compiled (prompts are then padded to one width, so that it compiles once), and the best counts.
-Tokens/s are of all sequences of a batch, tokens/step of each. The first batch is also told set by set.
+Tokens/s are of all sequences of a batch, tokens/step of each; all is told over the sets and set by set.
 
     python -m benchmarks.speed --dtype bfloat16 --output benchmarks/results/speed.cpu-2threads-avx512_bf16.json
     python -m benchmarks.speed --device cuda --batch 1 2 4 8 --max-new-tokens 128 --seconds 500
@@ -60,24 +60,20 @@ def main() -> None:
         rounds, warm_up = measure(model, contenders, chosen, batch, groups, left, options)
         batches[str(batch)] = {
             "rounds": len(rounds),
+            "prompts_of_a_set": len(rounds) * groups * batch,
             "warm_up_seconds": warm_up,
             "contenders": {name: summary(rounds, name) for name in contenders},
             "sets": {only: {name: summary(rounds, name, (only,)) for name in contenders} for only in SETS},
         }
-    first = batches[str(options.batch[0])]
     result = {
         "benchmark": "speed",
         "model": options.model,
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
-        "prompts": dict.fromkeys(SETS, options.rounds * options.prompts),
-        "batch": options.batch[0],
         "max_new_tokens": options.max_new_tokens,
         "step_cost_ms": {
             str(rows): round(1000 * seconds, 2) for rows, seconds in zip(cost.rows, cost.seconds, strict=True)
         },
-        "contenders": first["contenders"],
-        "sets": first["sets"],
         "batches": batches,
     }
     print(json.dumps(result))

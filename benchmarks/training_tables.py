@@ -152,7 +152,8 @@ def ultrafastbert_quality() -> str:
         )
         parts.append(
             f"{result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); "
-            f"{result['arms'][0]['tokens'] / 1e6:.0f} million tokens an arm; 95% intervals"
+            f"{result['arms'][0]['tokens'] / 1e6:.0f} million tokens an arm, "
+            f"{result['at_once']} at once on a card; 95% intervals"
             + (f"; BoolQ's majority class is {majority:.1f}%" if majority is not None else "")
             + ":\n\n"
             + table(

@@ -12,11 +12,9 @@ from shoestring.evaluation.parting import Parting, find_parting
 from shoestring.generation import Generation, Piece, Prompt
 from shoestring.model import LanguageModel
 
-__all__ = ["MAX_BATCH", "PLAIN", "Comparison", "StrategySummary", "compare"]
+__all__ = ["PLAIN", "Comparison", "StrategySummary", "compare"]
 
 PLAIN = "autoregressive"
-MAX_BATCH = 8
-"""Prompts that `generate` decodes at once."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,12 @@ def compare(
     prompt when all strategies are done with it.
 
     Raises:
-        RequestError: a batch below 1, or larger than the engine decodes at once.
+        RequestError: a batch below 1, or larger than the model decodes at once.
     """
-    if not 1 <= batch <= MAX_BATCH:
-        raise RequestError(f"batch {batch} is not within 1 and {MAX_BATCH}, which the engine decodes at once")
+    if not 1 <= batch <= model.slots:
+        raise RequestError(
+            f"batch {batch} is not within 1 and {model.slots}, the most that this model decodes at once"
+        )
     names = list(dict.fromkeys([PLAIN, *(describe(as_decoding(decoding)) for decoding in decodings)]))
     comparison = Comparison(names, batch)
     ids = [model.encode(prompt) for prompt in prompts]
@@ -129,30 +129,29 @@ def compare(
         model.generate([tokens[-16:] for tokens in ids[:batch]], decoding=name, max_new_tokens=4)
     for start in range(0, len(ids), batch):
         group = ids[start : start + batch]
-        pieces: dict[str, list[Piece]] = {}
+        kept: list[tuple[str, Piece]] = []
         for name in names:
             model.forget()
+            ends: dict[int, Generation] = {}
             began = time.perf_counter()
-            pieces[name] = []
             for piece in model.stream(group, decoding=name, **options):
-                pieces[name].append(piece)
                 if batch == 1:
                     on_piece(start, name, piece)
+                else:
+                    kept.append((name, piece))
+                if piece.generation is not None:
+                    ends[piece.index] = piece.generation
             elapsed = time.perf_counter() - began
-            ends = {piece.index: piece.generation for piece in pieces[name] if piece.generation is not None}
             # Alone, a text's own time, which showing it is no part of.
             comparison.seconds.setdefault(name, []).append(ends[0].seconds if batch == 1 else elapsed)
             for index, prompt in enumerate(group):
-                generation = ends[index]
                 parting = None
                 if name != PLAIN:
                     plain = comparison.generations[PLAIN][start + index].token_ids
-                    parting = find_parting(model.runner, prompt, plain, generation.token_ids, model.dtype)
-                comparison.add(generation, parting)
-        if batch > 1:
-            for index in range(len(group)):
-                for name in names:
-                    for piece in pieces[name]:
-                        if piece.index == index:
-                            on_piece(start + index, name, piece)
+                    parting = find_parting(model.runner, prompt, plain, ends[index].token_ids, model.dtype)
+                comparison.add(ends[index], parting)
+        for name, piece in sorted(
+            kept, key=lambda one: one[1].index
+        ):  # stable: strategies and tokens keep their order
+            on_piece(start + piece.index, name, piece)
     return comparison

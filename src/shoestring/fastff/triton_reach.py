@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_GROUPED_LEVELS = 15  # 2^8 groups of 2^7 - 1 nodes: more columns than that leave the registers
 
 # Measured by benchmarks.fast_feedforward_gpu (bf16, one tree): from here on the kernels are faster than `plain`, in
-# training than `masked`, and in inference than its dense products alone but for a few batches of 128 and 1,024 tokens.
+# training than `masked`, and in inference than the dense products that `masked` is made of.
 _LEAST_DEPTH = 11
 _MOST_TREES = 1
 _LEAST_TRAINING_TOKENS = 4096

@@ -101,6 +101,11 @@ class LanguageModel:
         return self.runner.device
 
     @property
+    def slots(self) -> int:
+        """The most sequences that are decoded at once; more prompts wait for a free slot."""
+        return self._slots
+
+    @property
     def eos_ids(self) -> list[int]:
         """All token ids that end a text: the generation config's and the tokenizer's."""
         ids = getattr(self._generation_config, "eos_token_id", None)
