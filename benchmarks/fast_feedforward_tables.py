@@ -2,7 +2,7 @@
 
 from benchmarks.result_files import Result, load_results, table
 
-__all__ = ["fast_feedforward_cpu", "fast_feedforward_gpu", "gpu_parts"]
+__all__ = ["fast_feedforward_cpu", "fast_feedforward_gpu", "fast_feedforward_model", "gpu_parts"]
 
 _WAYS = ("kernel", "module")
 
@@ -74,3 +74,24 @@ def gpu_parts(name: str, result: Result) -> list[str]:
         "Forward and backward with all gradients, launched from Python:\n\n"
         + table(["", "`triton`", "`masked`", "dense", "over `masked`", "over dense"], steps),
     ]
+
+
+def fast_feedforward_model() -> str:
+    """A whole classifier's milliseconds a text, and what trees gain over dense feedforwards in it."""
+    parts = []
+    for name, result in load_results("fast_feedforward_model"):
+        kinds = list(result["table"][0]["ms"])
+        rows = [
+            [
+                f"{row['dtype']}, {row['tokens']} tokens",
+                *(f"{row['ms'][kind]:.1f} ms" for kind in kinds),
+                *(f"{row['trees over'][kind]['median']:.2f}x" for kind in kinds[1:]),
+            ]
+            for row in result["table"]
+        ]
+        parts.append(
+            f"{result['layers']} layers of 768, one text, {result['machine']}, commit {result['commit']} "
+            f"([{name}](RESULTS/{name})); medians, ratios within a round:\n\n"
+            + table(["", *kinds, *(f"over {kind}" for kind in kinds[1:])], rows)
+        )
+    return "\n".join(parts) or "Not measured yet.\n"

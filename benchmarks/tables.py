@@ -9,7 +9,11 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.fast_feedforward_tables import fast_feedforward_cpu, fast_feedforward_gpu
+from benchmarks.fast_feedforward_tables import (
+    fast_feedforward_cpu,
+    fast_feedforward_gpu,
+    fast_feedforward_model,
+)
 from benchmarks.result_files import Result, load_results, table
 from benchmarks.training_tables import (
     parsing_quality,
@@ -349,6 +353,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pass-speed": pass_speed,
     "fast-feedforward-cpu": fast_feedforward_cpu,
     "fast-feedforward-gpu": fast_feedforward_gpu,
+    "fast-feedforward-model": fast_feedforward_model,
     "gpu-step-cost": gpu_step_cost,
     "few-row-matmul": few_row_matmul,
     "llama-cpp": llama_cpp,
