@@ -265,7 +265,10 @@ def tune(options: Any, workspace: LinearWorkspace, base: Tuning) -> Tuning:
     timed = 0
     for model in options.models:  # one model's copies at a time
         problems = {case.problem.key: case for *_, case in cases(options, [model], workspace)}
-        choices = {key: candidates(case.problem) for key, case in problems.items()}
+        choices = {
+            key: list(dict.fromkeys([base.config(case.problem), *candidates(case.problem)]))
+            for key, case in problems.items()
+        }
         with background():
             for key, case in problems.items():
                 for config in choices[key]:
@@ -289,12 +292,13 @@ def tune(options: Any, workspace: LinearWorkspace, base: Tuning) -> Tuning:
                 continue
             best = min(found, key=lambda one: one[0])
             winners[key] = best[1]
-            first = f"{found[0][0]:.2f}" if found[0][1] == heuristic(case.problem) else "-"
-            print(f"{key:40} {best[0]:8.2f} us (heuristic {first}) {best[1]}", flush=True)
+            times_of = {config: f"{time_:.2f}" for time_, config in found}
+            known, first = (times_of.get(one, "-") for one in (choices[key][0], heuristic(case.problem)))
+            print(f"{key:40} {best[0]:8.2f} us (known {known}, heuristic {first}) {best[1]}", flush=True)
         problems.clear()
         torch.cuda.empty_cache()
     print(f"{timed} timed in {time.monotonic() - began:.0f} s", flush=True)
-    return Tuning(winners, base.pdl)
+    return replace(base, configs=winners, capability=torch.cuda.get_device_capability(DEVICE))
 
 
 def measure(options: Any, workspace: LinearWorkspace, tuning: Tuning, rate: float) -> list[dict[str, Any]]:
@@ -349,7 +353,7 @@ def main() -> None:
     options = arguments.parse_args()
     machine = machine_name(DEVICE)
     winners = options.winners or TUNED / f"{machine}.json"
-    tuning = Tuning.read(winners) if winners.is_file() else Tuning()
+    tuning = Tuning.read(winners) if winners.is_file() else Tuning.of_machine(torch.device(DEVICE))
     if options.pdl is not None:
         tuning = replace(tuning, pdl=options.pdl)
     wrong = [] if options.no_check else check(tuning)

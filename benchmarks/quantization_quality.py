@@ -183,9 +183,15 @@ def interval(differences: np.ndarray, counts: np.ndarray, draws: int = 5000) -> 
 
 def train(folder: Path, options: Any) -> None:
     """A Llama on all but the corpus's end; the folder is a Hugging Face one, in float32."""
+    from transformers import AutoTokenizer
+
     text = corpus()[:-HELD_OUT_CHARACTERS][: options.characters]
     began = time.perf_counter()
-    tokenizer = trained_tokenizer(text, options.vocabulary)
+    if (folder / "tokenizer.json").is_file():  # of an earlier run that was stopped
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        tokenizer = trained_tokenizer(text, options.vocabulary)
+        tokenizer.save_pretrained(folder)
     ids = tokens_of(tokenizer, text)
     sequences = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW).to(options.device)
     print(f"{len(ids):,} tokens, tokenizer in {time.perf_counter() - began:.0f} s", flush=True)
@@ -212,7 +218,6 @@ def train(folder: Path, options: Any) -> None:
             print(f"step {step + 1}: loss {loss:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
     seconds = time.perf_counter() - began
     training.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     notes = {
         "steps": steps,
         "batch": options.batch,

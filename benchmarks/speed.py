@@ -1,20 +1,24 @@
 """Speed: tokens/s of every strategy and of transformers' own `generate`, interleaved, in one run, by batch.
 
 Each round decodes other prompts with every contender in turn, `--batch` of a set at once; ratios are taken within a round,
-and the median and range over rounds are reported. transformers is measured with its dynamic and its static cache, on a GPU
-also with the static cache compiled (prompts are then padded to one width, so that it compiles once), and the best counts.
-Tokens/s are of all sequences of a batch, tokens/step of each; all is told over the sets and set by set.
+and the median and range over rounds are reported. transformers is measured with its dynamic and its static cache, the
+latter compiled on a GPU (prompts are then padded to one width, so that it compiles once), and the best counts; gpt-fast,
+where there is a clone of it, at batch 1. Tokens/s are of all sequences of a batch, tokens/step of each; all is told over
+the sets and set by set.
 
     python -m benchmarks.speed --dtype bfloat16 --output benchmarks/results/speed.cpu-2threads-avx512_bf16.json
-    python -m benchmarks.speed --device cuda --batch 1 2 4 8 --max-new-tokens 128 --seconds 500
+    python -m benchmarks.speed --device cuda --batch 1 2 4 8 --max-new-tokens 128 --gpt-fast ../gpt-fast
 """
 
 import json
 import statistics
 import time
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common import chat, held_out_prompts, parser
+from benchmarks.gpt_fast import GptFast
 from shoestring.evaluation.results import write_result
 
 SETS = ("mt_bench", "gsm8k", "humaneval")
@@ -38,6 +42,9 @@ def main() -> None:
         nargs="*",
         default=["autoregressive", "lookahead", "lookahead(prompt_pool=True)", "ngram", "auto"],
     )
+    arguments.add_argument(
+        "--gpt-fast", type=Path, metavar="FOLDER", help="a clone of gpt-fast, to run beside"
+    )
     options = arguments.parse_args()
     began = time.perf_counter()
 
@@ -49,21 +56,21 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     model = shoestring.load(options.model, device=options.device, dtype=options.dtype)
     cost = model.step_cost()
-    contenders = ["transformers dynamic", "transformers static", *options.decoding]
-    if model.device.type == "cuda":
-        contenders.insert(2, "transformers compiled")
+    static = "transformers compiled" if model.device.type == "cuda" else "transformers static"
+    contenders = ["transformers dynamic", static, *options.decoding]
     batches: dict[str, Any] = {}
     for position, batch in enumerate(options.batch):
         groups = options.prompts if batch == 1 else 1
         chosen = {name: held_out_prompts(name, options.rounds * max(batch, options.prompts)) for name in SETS}
         left = (options.seconds - (time.perf_counter() - began)) / (len(options.batch) - position)
-        rounds, warm_up = measure(model, contenders, chosen, batch, groups, left, options)
+        mine = contenders + (["gpt-fast"] if options.gpt_fast and batch == 1 else [])
+        rounds, warm_up = measure(model, mine, chosen, batch, groups, left, options)
         batches[str(batch)] = {
             "rounds": len(rounds),
             "prompts_of_a_set": len(rounds) * groups * batch,
             "warm_up_seconds": warm_up,
-            "contenders": {name: summary(rounds, name) for name in contenders},
-            "sets": {only: {name: summary(rounds, name, (only,)) for name in contenders} for only in SETS},
+            "contenders": {name: summary(rounds, name) for name in mine},
+            "sets": {only: {name: summary(rounds, name, (only,)) for name in mine} for only in SETS},
         }
     result = {
         "benchmark": "speed",
@@ -93,13 +100,15 @@ def measure(
     """Rounds of `groups` groups of `batch` prompts of each set, at least one, none begun after so many seconds."""
     encoded = {name: [model.encode(chat(prompt)) for prompt in prompts] for name, prompts in chosen.items()}
     width = max(len(ids) for every in encoded.values() for ids in every)
+    arena = Arena(model, options.max_new_tokens, width, options.gpt_fast)
     began = time.perf_counter()
     warm_up = {}
     for contender in contenders:
         start = time.perf_counter()
         for _ in range(2):
-            run(model, contender, next(iter(encoded.values()))[:batch], options.max_new_tokens, width)
+            arena.run(contender, next(iter(encoded.values()))[:batch])
         warm_up[contender] = round(time.perf_counter() - start, 2)
+        print(f"batch {batch}: {contender} warmed up in {warm_up[contender]} s", flush=True)
     rounds: list[Round] = []
     for index in range(options.rounds):
         if rounds and time.perf_counter() - began > seconds:
@@ -112,7 +121,7 @@ def measure(
             for group in range(groups):
                 prompts = mine[group * batch : (group + 1) * batch]
                 for contender in contenders:
-                    outcome = run(model, contender, prompts, options.max_new_tokens, width)
+                    outcome = arena.run(contender, prompts)
                     for key, value in outcome.items():
                         totals[contender][name][key] += value
         rounds.append(totals)
@@ -124,47 +133,79 @@ def measure(
     return rounds, warm_up
 
 
-def run(model: Any, contender: str, prompts: list[list[int]], tokens: int, width: int) -> dict[str, float]:
-    """Decode these prompts at once."""
-    model.forget()  # no prefix is reused between contenders
-    if not contender.startswith("transformers"):
-        began = time.perf_counter()
-        generations = model.generate(prompts, decoding=contender, max_new_tokens=tokens)
-        seconds = time.perf_counter() - began
-        return {
-            "tokens": sum(len(generation.token_ids) for generation in generations),
-            "steps": sum(generation.steps for generation in generations),
-            "seconds": seconds,
-        }
-    import torch
+class Arena:
+    """Where contenders decode the same prompts, each in its own way.
 
-    kind = contender.removeprefix("transformers ")
-    width = width if kind == "compiled" else max(map(len, prompts))
-    pad = model.eos_ids[0]
-    device = model.model.device
-    inputs = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    attention = model.model.config._attn_implementation
-    model.model.set_attn_implementation("sdpa")
-    settings: dict[str, Any] = {} if kind == "dynamic" else {"cache_implementation": "static"}
-    try:
+    Args:
+        tokens: the most new tokens of a text.
+        width: tokens of the longest prompt.
+        gpt_fast: a clone of it.
+    """
+
+    def __init__(self, model: Any, tokens: int, width: int, gpt_fast: Path | None) -> None:
+        self.model, self.tokens, self.width, self.clone = model, tokens, width, gpt_fast
+        self._plain_tokens = tokens
+
+    @cached_property
+    def gpt_fast(self) -> GptFast:
+        """gpt-fast with the model's weights."""
+        if self.clone is None:
+            raise ValueError("no clone of gpt-fast was named")
+        return GptFast(self.clone, self.model.model, self.width + self.tokens)
+
+    def run(self, contender: str, prompts: list[list[int]]) -> dict[str, float]:
+        """Decode these prompts at once: tokens, steps, seconds."""
+        self.model.forget()  # no prefix is reused between contenders
+        if contender == "gpt-fast":
+            return self._gpt_fast(prompts)
+        if contender.startswith("transformers "):
+            return self._transformers(prompts, contender.removeprefix("transformers "))
         began = time.perf_counter()
-        output = model.model.generate(
-            inputs,
-            attention_mask=mask,
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=model.eos_ids,
-            pad_token_id=pad,
-            disable_compile=kind != "compiled",
-            **settings,
-        )
-        texts = output[:, width:].tolist()
+        generations = self.model.generate(prompts, decoding=contender, max_new_tokens=self.tokens)
         seconds = time.perf_counter() - began
-    finally:
-        model.model.set_attn_implementation(attention)
-    count = sum(length_of(text, model.eos_ids) for text in texts)
-    return {"tokens": count, "steps": count, "seconds": seconds}
+        tokens = sum(len(generation.token_ids) for generation in generations)
+        if contender == "autoregressive":
+            self._plain_tokens = tokens
+        steps = sum(generation.steps for generation in generations)
+        return {"tokens": tokens, "steps": steps, "seconds": seconds}
+
+    def _gpt_fast(self, prompts: list[list[int]]) -> dict[str, float]:
+        subject, (prompt,) = self.gpt_fast, prompts
+        tokens = max(2, self._plain_tokens)  # its loop has at least one step
+        began = time.perf_counter()
+        count = len(subject.generate(prompt, tokens))
+        return {"tokens": count, "steps": count, "seconds": time.perf_counter() - began}
+
+    def _transformers(self, prompts: list[list[int]], kind: str) -> dict[str, float]:
+        import torch
+
+        model = self.model
+        width = self.width if kind == "compiled" else max(map(len, prompts))
+        pad = model.eos_ids[0]
+        device = model.model.device
+        inputs = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        attention = model.model.config._attn_implementation
+        model.model.set_attn_implementation("sdpa")
+        settings: dict[str, Any] = {} if kind == "dynamic" else {"cache_implementation": "static"}
+        try:
+            began = time.perf_counter()
+            output = model.model.generate(
+                inputs,
+                attention_mask=mask,
+                max_new_tokens=self.tokens,
+                do_sample=False,
+                eos_token_id=model.eos_ids,
+                pad_token_id=pad,
+                disable_compile=kind != "compiled",
+                **settings,
+            )
+            texts = output[:, width:].tolist()
+            seconds = time.perf_counter() - began
+        finally:
+            model.model.set_attn_implementation(attention)
+        count = sum(length_of(text, model.eos_ids) for text in texts)
+        return {"tokens": count, "steps": count, "seconds": seconds}
 
 
 def length_of(text: list[int], ends: list[int]) -> int:
@@ -189,6 +230,7 @@ def summary(rounds: list[Round], name: str, sets: tuple[str, ...] = SETS) -> dic
         return {"median": middle, "range": [low, high]}
 
     parts = [totals[name][only] for totals in rounds for only in sets]
+    peers = {"over_gpt_fast": ratio(["gpt-fast"])} if "gpt-fast" in rounds[0] else {}
     return {
         "tokens_per_step": round(
             sum(part["tokens"] for part in parts) / sum(part["steps"] for part in parts), 3
@@ -197,6 +239,7 @@ def summary(rounds: list[Round], name: str, sets: tuple[str, ...] = SETS) -> dic
         "over_autoregressive": ratio(["autoregressive"]),
         "over_best_transformers": ratio(theirs),
         "over_eager_transformers": ratio(["transformers dynamic"]),
+        **peers,
     }
 
 

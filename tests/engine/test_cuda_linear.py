@@ -8,7 +8,7 @@ from interpreted_triton import DEVICE
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoestring.engine.cuda.linear import LinearWorkspace, gated_linear, launches, linear, linear_twin
-from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning, candidates, heuristic
+from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning, candidates, heuristic, of_gpu
 from shoestring.engine.cuda.weights import pack_weight
 from shoestring.errors import RequestError
 
@@ -218,7 +218,20 @@ def test_winners_are_kept_in_a_file(tmp_path):
     other = replace(problem, rows=2)
     assert read.config(other) == heuristic(other)
     assert replace(problem, rows=7).key == replace(problem, rows=8).key != problem.key
+    assert read.capability is None
     text = (tmp_path / "gpu.json").read_text().replace('"lines"', '"line"')
     (tmp_path / "gpu.json").write_text(text)
     with pytest.raises(RequestError, match=r"unknown field 'line' \(did you mean 'lines'\?\)"):
         Tuning.read(tmp_path / "gpu.json")
+
+
+def test_an_untuned_gpu_takes_what_was_measured_on_its_sibling(tmp_path):
+    own, sibling = Problem(960, 576, 1, "bfloat16"), Problem(576, 576, 1, "bfloat16")
+    Tuning({own.key: ONE}, capability=(9, 0)).write(tmp_path / "nvidia-a.json")
+    Tuning({sibling.key: ONE}, pdl=True, capability=(9, 0)).write(tmp_path / "nvidia-b-80gb.json")
+    assert set(of_gpu("NVIDIA B 80GB", (9, 0), tmp_path).configs) == {sibling.key}
+    assert set(of_gpu("NVIDIA C", (9, 0), tmp_path).configs) == {own.key}
+    assert of_gpu("NVIDIA D", (8, 0), tmp_path) == Tuning()
+    shipped = of_gpu("NVIDIA H100 80GB HBM3", (9, 0))
+    assert shipped.pdl
+    assert shipped.capability == (9, 0)

@@ -17,7 +17,7 @@ import torch
 
 from shoestring.errors import RequestError, suggest
 
-__all__ = ["MAX_ROWS", "TUNED", "LaunchConfig", "Problem", "Tuning", "candidates", "heuristic"]
+__all__ = ["MAX_ROWS", "TUNED", "LaunchConfig", "Problem", "Tuning", "candidates", "heuristic", "of_gpu"]
 
 MAX_ROWS = 256
 """More rows than this are a prefill's, and go to the library's product."""
@@ -101,10 +101,12 @@ class Tuning:
         configs: by `Problem.key`; others follow the heuristic.
         pdl: programmatic dependent launch (Hopper): kernels of a chain overlap their starts. Every kernel behind one of
             ours is safe with it as long as it is launched in the ordinary way, or waits as ours do.
+        capability: the GPU's, that it was measured on; None: unknown.
     """
 
     configs: Mapping[str, LaunchConfig] = field(default_factory=dict)
     pdl: bool = False
+    capability: tuple[int, int] | None = None
 
     def config(self, problem: Problem, processors: int = 132) -> LaunchConfig:
         """The measured winner, or the heuristic's."""
@@ -121,8 +123,11 @@ class Tuning:
         for key, config in data["configs"].items():
             for name in config.keys() - set(known):
                 raise RequestError(f"{path}: {key!r} has an unknown field {name!r}{suggest(name, known)}")
+        capability = data.get("capability")
         return cls(
-            {key: LaunchConfig(**config) for key, config in data["configs"].items()}, data.get("pdl", False)
+            {key: LaunchConfig(**config) for key, config in data["configs"].items()},
+            data.get("pdl", False),
+            None if capability is None else (capability[0], capability[1]),
         )
 
     def write(self, path: Path) -> None:
@@ -138,20 +143,25 @@ class Tuning:
             }
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(config)}" for key, config in configs.items())
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'{{\n "pdl": {json.dumps(self.pdl)},\n "configs": {{\n{lines}\n }}\n}}\n')
+        head = f' "capability": {json.dumps(self.capability)},\n "pdl": {json.dumps(self.pdl)},\n'
+        path.write_text(f'{{\n{head} "configs": {{\n{lines}\n }}\n}}\n')
 
     @classmethod
     def of_machine(cls, device: torch.device) -> "Tuning":
-        """What was measured on this kind of GPU, where it was."""
+        """What was measured on this kind of GPU, else on one of the same compute capability, else nothing."""
         if device.type != "cuda":
             return cls()
-        return _of_name(torch.cuda.get_device_name(device).lower().replace(" ", "-"))
+        return of_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 @cache
-def _of_name(name: str) -> Tuning:
-    path = TUNED / f"{name}.json"
-    return Tuning.read(path) if path.is_file() else Tuning()
+def of_gpu(name: str, capability: tuple[int, int], folder: Path = TUNED) -> Tuning:
+    """The winners of a GPU of this name, else those of the first one of its capability, else none."""
+    path = folder / f"{name.lower().replace(' ', '-')}.json"
+    if path.is_file():
+        return Tuning.read(path)
+    others = (Tuning.read(other) for other in sorted(folder.glob("*.json")))
+    return next((tuning for tuning in others if tuning.capability == capability), Tuning())
 
 
 def heuristic(problem: Problem, processors: int = 132) -> LaunchConfig:
