@@ -64,8 +64,8 @@ def check(
     )
     plain = attention_twin(query, blocks, 1, layout, scale=0.3, **options)
     ours, theirs = (float((result.double() - exact)[:used].abs().max()) for result in (out, plain))
-    # float32: exponentials are the hardware's, good to 2 ulp
-    assert ours <= max(2 * theirs, 4e-6), (ours, theirs)
+    # float32: exponentials are the hardware's, good to 2 ulp, also in the soft cap
+    assert ours <= max(2 * theirs, 8e-6 if options.get("softcap") else 4e-6), (ours, theirs)
 
 
 SLOTS = {0: random_tree(20, 1), 1: TokenTree.chain([0] * 3), 2: random_tree(9, 2)}

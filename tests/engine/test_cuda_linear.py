@@ -219,6 +219,11 @@ def test_winners_are_kept_in_a_file(tmp_path):
     assert read.config(other) == heuristic(other)
     assert replace(problem, rows=7).key == replace(problem, rows=8).key != problem.key
     assert read.capability is None
+    Tuning({replace(problem, rows=16).key: winner}).write(tmp_path / "sixteen.json")
+    sixteen = Tuning.read(tmp_path / "sixteen.json")
+    assert [sixteen.config(replace(problem, rows=rows)) == winner for rows in (1, 2, 8, 16, 17)] == [
+        False, True, True, True, False,
+    ]  # fmt: skip
     text = (tmp_path / "gpu.json").read_text().replace('"lines"', '"line"')
     (tmp_path / "gpu.json").write_text(text)
     with pytest.raises(RequestError, match=r"unknown field 'line' \(did you mean 'lines'\?\)"):

@@ -61,5 +61,6 @@ def test_odd_widths_stay_dense():
 
 
 def test_other_types_are_refused():
+    pytest.importorskip("shoestring._native", reason="built without the native part")
     with pytest.raises(RequestError, match="F32"):
         weight_of_tiles(pack(weights(16, 32), WeightType.F32), "cpu")

@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "ultrafastbert-small.yaml"
 
 
+@pytest.mark.filterwarnings("ignore")  # Inductor's own, of deprecated imports
 def test_compiled_training_learns_what_plain_training_learns(tmp_path):
     draw, words = random.Random(0), ["north", "south", "east", "west", "wind", "rain"]
     (tmp_path / "text.txt").write_text(

@@ -109,8 +109,14 @@ class Tuning:
     capability: tuple[int, int] | None = None
 
     def config(self, problem: Problem, processors: int = 132) -> LaunchConfig:
-        """The measured winner, or the heuristic's."""
-        return self.configs.get(problem.key) or heuristic(problem, processors)
+        """The measured winner, or the heuristic's.
+
+        Tensor cores take 16 rows at least, so fewer ones go as 16 do where only that was measured.
+        """
+        found = self.configs.get(problem.key)
+        if found is None and 1 < problem.rows <= 8:
+            found = self.configs.get(replace(problem, rows=16).key)
+        return found or heuristic(problem, processors)
 
     @classmethod
     def read(cls, path: Path) -> "Tuning":
