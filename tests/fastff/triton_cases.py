@@ -46,11 +46,11 @@ def double(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def assert_as_exact_as(ours: Tensor, twin: Tensor, exact: Tensor) -> None:
-    """Our error is at most twice the twin's, or a few roundings of the largest value."""
+    """Our error is at most twice the twin's, or a few roundings of the largest value: we sum in one chain, BLAS in many."""
     assert ours.shape == exact.shape
     assert ours.dtype == twin.dtype
     if exact.numel():
-        floor = 1e-6 * exact.abs().max().item()
+        floor = 2e-6 * exact.abs().max().item()
         assert (ours - exact).abs().max() <= 2 * (twin - exact).abs().max() + floor
 
 

@@ -226,7 +226,8 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
 
 def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[LaunchConfig]:
     """Configurations worth measuring, the heuristic's first: at most `most` near it, and those that just fill the card."""
-    return list(dict.fromkeys([*_near_heuristic(problem, processors)[:most], *_filling(problem, processors)]))
+    near = _near_heuristic(problem, processors)[:most]
+    return list(dict.fromkeys([*near, *_filling(problem, processors), *_cut_by_rows(problem, processors)]))
 
 
 def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
@@ -260,6 +261,33 @@ def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
                 found.append(replace(base, tma=True, warps=8))
             if block_n == 128:
                 found += [base, replace(base, warps=8)]
+    return found
+
+
+def _cut_by_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
+    """Many rows with a small matrix: its tiles are read anew for each tile of rows, from the L2 cache, by programs that
+    would otherwise be missing.
+    """
+    rows = problem.bucket
+    if problem.quantised or problem.compute == torch.float32 or not 16 <= rows <= 64:
+        return []
+    found = []
+    for block_m, block_n, block_k, split_k, fuse_norm in product(
+        (8, 16, 32, 64), (16, 32, 64), (64, 128), (1, 2, 4), (False, True)
+    ):
+        tiles = -(-problem.outputs // block_n)
+        programs = tiles * -(-rows // block_m) * split_k
+        trips = -(-problem.inputs // block_k)
+        too_large = block_m > rows or tiles > processors or trips < 2 * split_k
+        if too_large or not processors // 4 <= programs <= 3 * processors:
+            continue
+        stages = 6 if block_k == 64 else 4
+        warps = 4 if block_n >= 64 else block_n // 16
+        found.append(
+            LaunchConfig(
+                "few_rows", block_n, block_k, block_m, split_k, warps, min(stages, trips), lines=2, fuse_norm=fuse_norm
+            )
+        )  # fmt: skip
     return found
 
 
