@@ -115,7 +115,7 @@ def _merge(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for split in range(used):
+    for split in tl.range(0, used, loop_unroll_factor=4):  # so that their loads are under way together
         # ".cg": other programs wrote them; L1 may not know.
         sum2 = tl.load(sums + share + split, mask=valid, other=float("-inf"), cache_modifier=".cg")
         part = tl.load(
@@ -143,42 +143,42 @@ def attention_kernel(
     """Grid (tiles, K, splits): see `tree_attention`."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     TILE_ROWS: tl.constexpr = BLOCK_M // GROUP
     slot, tile_row, all_rows = _locate(row_count, slots, tile, SLOTS, TILE_ROWS)
+    mine = tl.minimum(slot, slots - 1)
+    n = tl.load(cached + mine)
+    count = tl.load(row_count + mine)
+    first = tl.load(first_row + mine)
+    chain = tl.load(is_chain + mine) != 0
+    pages = table + tl.load(table_row + mine).to(tl.int64) * table_stride
+    last = tl.minimum(tile_row + TILE_ROWS, count)
+    begin, end, share, used = _shares(
+        n, tile_row, last, chain, window, splits, min_blocks, BLOCK_N, HAS_WINDOW
+    )
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     query_head = head * GROUP + m % GROUP
+    row = tile_row + m // GROUP
+    valid = (m < TILE_ROWS * GROUP) & (row < count) & (slot < slots)
+    step_row = first + row
+    if HAS_WINDOW:
+        oldest = tl.load(position + step_row, mask=valid, other=0) - window
+    else:
+        oldest = row
+    if PDL:
+        gdc_wait()  # all before is the layout, which is as old as the step
     if split == 0:
         for padded in range(all_rows + tile, rows, tl.num_programs(0)):
             at = out + tl.cast(padded, tl.int64) * out_stride + query_head[:, None] * D + d[None, :]
             zeros = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
             tl.store(at, zeros, mask=(m < GROUP)[:, None] & (d < D)[None, :])
-    if slot >= slots:
+    if slot >= slots or split >= used:
         return
-    n = tl.load(cached + slot)
-    count = tl.load(row_count + slot)
-    first = tl.load(first_row + slot)
-    chain = tl.load(is_chain + slot) != 0
-    last = tl.minimum(tile_row + TILE_ROWS, count)
-    begin, end, share, used = _shares(
-        n, tile_row, last, chain, window, splits, min_blocks, BLOCK_N, HAS_WINDOW
-    )
-    if split >= used:
-        return
-    row = tile_row + m // GROUP
-    valid = (m < TILE_ROWS * GROUP) & (row < count)
-    step_row = first + row
     inside = valid[:, None] & (d[None, :] < D)
     at = query + step_row[:, None].to(tl.int64) * query_stride + query_head[:, None] * D + d[None, :]
     q = tl.load(at, mask=inside, other=0.0)
-    if HAS_WINDOW:
-        oldest = tl.load(position + step_row, mask=valid, other=0) - window
-    else:
-        oldest = row
-    pages = table + tl.load(table_row + slot).to(tl.int64) * table_stride
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

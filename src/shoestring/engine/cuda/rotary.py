@@ -124,14 +124,22 @@ def rotary_kernel(
     """Grid (rows, blocks of heads): see `rotate_and_store`."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     row = tl.program_id(0)
     slot = tl.load(slot_of + row)
     if slot < 0:
         return
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     HALF: tl.constexpr = ROTARY // 2
+    turned = d < ROTARY
+    angle = cosines + tl.load(position + row).to(tl.int64) * ROTARY + tl.where(d < HALF, d, d - HALF)
+    cos = tl.load(angle, mask=turned, other=1.0)
+    sin = tl.load(angle + HALF, mask=turned, other=0.0)
+    sin = tl.where(d < HALF, -sin, sin)
+    at_token = tl.load(cached + slot) + tl.load(tree_row + row)
+    base = tl.load(table + tl.load(table_row + slot).to(tl.int64) * table_stride + at_token // _PAGE)
+    if PDL:
+        gdc_wait()  # all before is the layout, which is as old as the step
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_query, is_value = head < heads, head >= heads + kv_heads
     inside = (head < heads + 2 * kv_heads)[:, None] & (d < D)[None, :]
     at = packed + tl.cast(row, tl.int64) * packed_stride + head[:, None] * D
@@ -139,11 +147,6 @@ def rotary_kernel(
     # The other of the pair, read again instead of moved between threads; beyond `rotary_dim` it is not used.
     pair = tl.where(d < HALF, d + HALF, tl.where(d < ROTARY, d - HALF, d))
     other = tl.load(at + pair[None, :], mask=inside, other=0.0).to(tl.float32)
-    turned = d < ROTARY
-    angle = cosines + tl.load(position + row).to(tl.int64) * ROTARY + tl.where(d < HALF, d, d - HALF)
-    cos = tl.load(angle, mask=turned, other=1.0)
-    sin = tl.load(angle + HALF, mask=turned, other=0.0)
-    sin = tl.where(d < HALF, -sin, sin)
     if NORM:
         scale = tl.math.rsqrt(tl.sum(own * own, 1) / D + eps)[:, None]
         gain = _gain(query_gain, key_gain, is_query, d, D, ADDS_ONE)
@@ -155,8 +158,6 @@ def rotary_kernel(
     tl.debug_barrier()  # `query` may be where the pairs were read
     to_query = query + tl.cast(row, tl.int64) * query_stride + head[:, None] * D + d[None, :]
     tl.store(to_query, result.to(query.dtype.element_ty), mask=inside & is_query[:, None])
-    at_token = tl.load(cached + slot) + tl.load(tree_row + row)
-    base = tl.load(table + tl.load(table_row + slot).to(tl.int64) * table_stride + at_token // _PAGE)
     block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
     # The block's planes are [layer, key | value, head]: k and v heads lie one behind another in the row, too.
     plane = tl.multiple_of(layer * 2 * kv_heads * (_PAGE * D) + at_token % _PAGE * D, 16)
