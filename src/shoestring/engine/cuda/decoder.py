@@ -53,7 +53,7 @@ class Buffers:
     x: Float[Tensor, "R E"]
     """The residual stream, float32."""
     own: Float[Tensor, "R E"]
-    """Embeddings that rows bring."""
+    """Embeddings that rows bring, float32, in any order."""
     packed: Float[Tensor, "R (H+2K)D"]
     attended: Float[Tensor, "R H D"]
     gated: Float[Tensor, "R F"]
@@ -185,7 +185,7 @@ class Decoder:
         config, dtype = self.config, self.dtype
         rows, outputs = layout.bucket.rows, layout.bucket.rows
         heads, kv_heads, dim = config.num_heads, config.num_key_value_heads, config.head_dim
-        x, own = buffers.x[:rows], buffers.own[:rows]
+        x = buffers.x[:rows]
         packed, attended = buffers.packed[:rows], buffers.attended[:rows]
         gated, added = buffers.gated[:rows], buffers.added[:rows]
         query = packed[:, : heads * dim].unflatten(1, (heads, dim))
@@ -194,7 +194,7 @@ class Decoder:
         shared: dict[str, Any] = {"workspace": self._workspace}
         hidden = hidden or {}
         move_rows(table, layout, layers=len(self.layers), kv_heads=kv_heads, head_dim=dim, **cache)
-        embed(layout, self.embedding, own, x, config.embedding_scale)
+        embed(layout, self.embedding, buffers.own, x, config.embedding_scale)
         for index, layer in enumerate(self.layers):
             if index in hidden:
                 hidden[index].copy_(x)

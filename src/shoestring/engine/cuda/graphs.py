@@ -137,7 +137,8 @@ class BucketSteps:
         self.graphs = graphs and decoder.device.type == "cuda"
         self._on_failure = on_failure
         self._steps: OrderedDict[tuple[Bucket, int], BucketStep] = OrderedDict()
-        self._buffers = decoder.buffers(GRAPH_ROWS, GRAPH_ROWS)
+        self.buffers = decoder.buffers(GRAPH_ROWS, GRAPH_ROWS)
+        """All buckets' numbers: one step runs at a time."""
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self.capture_seconds = 0.0
 
@@ -147,7 +148,7 @@ class BucketSteps:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that steps share."""
-        return self._buffers.nbytes
+        return self.buffers.nbytes
 
     def get(self, slots: int, rows: int, top_k: int) -> BucketStep:
         """The bucket for such a step."""
@@ -157,7 +158,7 @@ class BucketSteps:
             while len(self._steps) >= _MOST_BUCKETS:
                 self._steps.popitem(last=False)
             bucket, most = key
-            found = self._steps[key] = BucketStep(self._decoder, self._table, self._buffers, bucket, most)
+            found = self._steps[key] = BucketStep(self._decoder, self._table, self.buffers, bucket, most)
         self._steps.move_to_end(key)
         return found
 

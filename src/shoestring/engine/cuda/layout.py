@@ -77,7 +77,7 @@ class DeviceLayout:
     token: Int32[Tensor, " R"]
     """Token ids; 0 for rows with their own embedding and for padding."""
     embedded: Int32[Tensor, " R"]
-    """1 for rows with their own embedding."""
+    """0 for a token's row; else 1 more than where the row's own embedding lies."""
     position: Int32[Tensor, " R"]
     """n + depth: the rotary position."""
     slot: Int32[Tensor, " R"]
@@ -166,6 +166,7 @@ class HostLayout:
         sampling: Mapping[int, SamplingOptions] | None = None,
         outputs: Mapping[int, Sequence[int]] | None = None,
         moves: Sequence[Moves] = (),
+        own: Mapping[int, Sequence[int]] | None = None,
     ) -> dict[int, int]:
         """Lay the slots' trees one behind another; return each slot's first row.
 
@@ -175,6 +176,7 @@ class HostLayout:
             sampling: how each slot draws; None: greedily.
             outputs: rows of each tree whose next token is chosen, in the order of `trees`; None: all.
             moves: the last commits' kept rows, where they are not simply the first ones (others cost nothing).
+            own: where each slot's own embeddings lie, in the order of `tree.embeddings`; None: at their rows of the step.
 
         Raises:
             RequestError: more slots, rows, outputs or moves than the bucket has, or a branching tree of more than 256 rows.
@@ -198,7 +200,8 @@ class HostLayout:
             views["embedded"][first:last] = 0
             if tree.embeddings:
                 np.maximum(token[first:last], 0, out=token[first:last])
-                views["embedded"][[first + row for row in tree.embeddings]] = 1
+                places = [first + row for row in tree.embeddings]
+                views["embedded"][places] = [place + 1 for place in (places if own is None else own[slot])]
             tree_row[first:last] = _ROWS[:count] if count <= len(_ROWS) else np.arange(count)
             chain = tree.is_chain
             if chain:

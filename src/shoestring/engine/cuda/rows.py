@@ -47,14 +47,14 @@ class RowNorm:
 def embed(
     layout: DeviceLayout,
     embedding: Float[Tensor, "V E"],
-    own: Float[Tensor, "R E"],
+    own: Float[Tensor, "N E"],
     out: Float[Tensor, "R E"],
     scale: float = 1.0,
 ) -> None:
     """Write each row's input embedding into `out`: its token's, times `scale`, or its own where its tree brings one.
 
     Args:
-        own: the rows' own embeddings; read where `layout.embedded` is set, and not scaled.
+        own: embeddings that rows bring, [N, E]; `layout.embedded` says which, and they are not scaled.
     """
     rows, width = out.shape
     embed_kernel[(rows,)](
@@ -64,12 +64,12 @@ def embed(
 
 
 def embed_twin(
-    layout: DeviceLayout, embedding: Float[Tensor, "V E"], own: Float[Tensor, "R E"], scale: float = 1.0
+    layout: DeviceLayout, embedding: Float[Tensor, "V E"], own: Float[Tensor, "N E"], scale: float = 1.0
 ) -> Float[Tensor, "R E"]:
     """The same in plain PyTorch."""
-    rows = len(own)
-    found = embedding[layout.token[:rows].long()].float() * scale
-    return torch.where(layout.embedded[:rows, None] != 0, own.float(), found)
+    found = embedding[layout.token.long()].float() * scale
+    brought = own[(layout.embedded.long() - 1).clamp(min=0)].float()
+    return torch.where(layout.embedded[:, None] != 0, brought, found)
 
 
 def take_normed(
@@ -115,10 +115,11 @@ def embed_kernel(
     row = tl.program_id(0)
     e = tl.arange(0, BLOCK)
     inside = e < width
-    brings = tl.load(embedded + row) != 0
+    which = tl.load(embedded + row)
+    brings = which != 0
     at = embedding + tl.load(token + row).to(tl.int64) * embedding_stride + e
     of_token = tl.load(at, mask=inside & ~brings, other=0.0).to(tl.float32) * scale
-    of_row = tl.load(own + tl.cast(row, tl.int64) * own_stride + e, mask=inside & brings, other=0.0)
+    of_row = tl.load(own + (which - 1).to(tl.int64) * own_stride + e, mask=inside & brings, other=0.0)
     result = tl.where(brings, of_row.to(tl.float32), of_token)
     tl.store(out + tl.cast(row, tl.int64) * width + e, result, mask=inside)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from shoestring.engine.cuda.cache_moves import move_rows
 from shoestring.engine.cuda.choose import MAX_TOP
 from shoestring.engine.cuda.decoder import Decoder
 from shoestring.engine.cuda.graphs import GRAPH_ROWS, BucketStep, BucketSteps
+from shoestring.engine.cuda.own_rows import OwnRows
 from shoestring.engine.results import NOT_FINITE, SlotResults
 from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult, check_step
 from shoestring.engine.sampling import SamplingOptions, next_tokens
@@ -54,6 +54,7 @@ class CudaRunner:
             decoder.block_shape, decoder.dtype, decoder.device, max_positions or UNLIMITED
         )
         self.steps = BucketSteps(decoder, self.cache.table, graphs, self._without_graphs)
+        self._own = OwnRows(self.steps.buffers.own)
         self._sampling: dict[int, SamplingOptions] = {}
         self._trees: dict[int, TokenTree] = {}
         self._last: BucketStep | None = None
@@ -159,8 +160,8 @@ class CudaRunner:
             {slot: self._unfiltered(slot) for slot in trees},
             rows,
             moves,
+            self._own.place(trees),
         )
-        self._write_embeddings(step, trees, firsts)
         hidden = {
             layer: torch.zeros(step.layout.bucket.rows, self._decoder.config.hidden_size, device=self.device)
             for layer in {self._layer(layer) for layer in want.hidden_states}
@@ -275,16 +276,6 @@ class CudaRunner:
         )
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-
-    def _write_embeddings(
-        self, step: BucketStep, trees: Mapping[int, TokenTree], firsts: Mapping[int, int]
-    ) -> None:
-        rows = [firsts[slot] + row for slot, tree in trees.items() for row in tree.embeddings or ()]
-        if not rows:
-            return
-        vectors = [vector for tree in trees.values() for vector in (tree.embeddings or {}).values()]
-        index = torch.from_numpy(np.array(rows)).to(self.device)
-        step.buffers.own[index] = torch.stack([vector.to(self.device) for vector in vectors]).float()
 
     def _layer(self, layer: int) -> int:
         layers = len(self._decoder.layers)

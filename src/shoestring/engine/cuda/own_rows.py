@@ -1,0 +1,62 @@
+"""Embeddings that rows bring themselves (look-ahead tokens, images), kept on the device between steps.
+
+A drafter sends the same few vectors step after step; each is copied once, and a step's layout says which of them a row has.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shoestring.engine.tokentree import TokenTree
+
+__all__ = ["OwnRows"]
+
+
+class OwnRows:
+    """Vectors in a buffer [N, E] of the device, by the tensors that they were given as.
+
+    A tensor that is changed in place is copied again. Tensors are kept alive while they are in the buffer.
+    """
+
+    def __init__(self, buffer: Float[Tensor, "N E"]) -> None:
+        self._buffer = buffer
+        self._places: dict[tuple[int, int], int] = {}
+        self._kept: list[Tensor] = []
+
+    def place(self, trees: Mapping[int, TokenTree]) -> dict[int, list[int]]:
+        """Where the trees' embeddings lie, by slot, in the order of `tree.embeddings`; at most N in all.
+
+        No step that reads the buffer may be under way.
+        """
+        wanted = {slot: list(tree.embeddings.values()) for slot, tree in trees.items() if tree.embeddings}
+        if not wanted:
+            return {}
+        keys = {slot: [_identity(vector) for vector in vectors] for slot, vectors in wanted.items()}
+        new = {
+            key: vector
+            for slot, vectors in wanted.items()
+            for key, vector in zip(keys[slot], vectors, strict=True)
+            if key not in self._places
+        }
+        if len(self._places) + len(new) > len(self._buffer):  # make room: what this step needs comes anew
+            self._places, self._kept = {}, []
+            new = {
+                key: vector
+                for slot, vectors in wanted.items()
+                for key, vector in zip(keys[slot], vectors, strict=True)
+            }
+        if new:
+            first = len(self._places)
+            self._buffer[first : first + len(new)] = torch.stack(
+                [vector.detach().to(self._buffer.device) for vector in new.values()]
+            )
+            self._places |= {key: first + index for index, key in enumerate(new)}
+            self._kept += new.values()
+        return {slot: [self._places[key] for key in some] for slot, some in keys.items()}
+
+
+def _identity(vector: Tensor) -> tuple[int, int]:
+    """A tensor and how often it was changed in place (inference tensors do not count; they are taken as constant)."""
+    return id(vector), 0 if vector.is_inference() else vector._version
