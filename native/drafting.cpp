@@ -215,6 +215,62 @@ Grown Guesses::grow(size_t most, double least, const Predictions& predictions) c
   return grown;
 }
 
+Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& chances, const std::vector<double>& gains,
+               double least, size_t most, const double* seconds, size_t count) {
+  if (parents.size() < chances.size()) throw std::invalid_argument("a parent is needed for each chance");
+  const size_t drafted = chances.size();
+  std::vector<double> ends(drafted + 1);  // by row, the last token's first: the chance that the path ends there
+  ends[0] = 1.0;
+  std::copy(chances.begin(), chances.end(), ends.begin() + 1);
+  for (size_t node = 0; node < drafted; ++node) {
+    const int32_t parent = parents[node];
+    if (parent < -1 || parent >= static_cast<int32_t>(node)) throw std::invalid_argument("a parent comes before its node");
+    ends[parent + 1] -= chances[node];
+  }
+  struct Row {
+    double value;
+    int32_t place, node;  // place: of a look-ahead row below its node, -1 for a drafted one
+  };
+  std::vector<Row> rows;
+  rows.reserve(drafted * (1 + gains.size()) + gains.size());
+  for (size_t node = 0; node < drafted; ++node) rows.push_back({chances[node], -1, static_cast<int32_t>(node)});
+  for (size_t row = 0; row <= drafted && !gains.empty(); ++row) {
+    if (!(ends[row] * gains[0] > least)) continue;
+    for (size_t place = 0; place < gains.size(); ++place) {
+      rows.push_back({ends[row] * gains[place], static_cast<int32_t>(place), static_cast<int32_t>(row) - 1});
+    }
+  }
+  // Of equals a drafted row goes first, then the look-ahead row nearer to the token above it. A drafted row's chance is at
+  // most its parent's, and a look-ahead row's value that of the one above it, so that any first rows hang together.
+  std::stable_sort(rows.begin(), rows.end(), [](const Row& one, const Row& other) {
+    return one.value != other.value ? one.value > other.value : one.place < other.place;
+  });
+  size_t taken = std::min(most, rows.size());
+  if (count) {
+    size_t best = 0;
+    double expected = 1.0, fastest = expected / seconds[0];
+    for (size_t row = 0; row < taken && row + 1 < count; ++row) {
+      expected += rows[row].value;
+      const double speed = expected / seconds[row + 1];
+      if (speed > fastest) best = row + 1, fastest = speed;
+    }
+    taken = best;
+  }
+  Plan plan;
+  std::vector<int32_t> below(drafted + 1, 0);
+  for (size_t row = 0; row < taken; ++row) {
+    if (rows[row].place < 0) {
+      ++plan.kept;
+    } else {
+      ++below[rows[row].node + 1];
+    }
+  }
+  for (size_t row = 0; row <= plan.kept; ++row) {  // a node that is not kept has no rows below it
+    if (below[row]) plan.chains.emplace_back(static_cast<int32_t>(row) - 1, below[row]);
+  }
+  return plan;
+}
+
 void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& predictions) {
   if (tokens_.empty()) return;
   Tail above = tail();

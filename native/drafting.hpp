@@ -106,4 +106,16 @@ class Guesses {
   size_t known_tokens_ = 0, known_width_ = 0;
 };
 
+// How many of a trie's nodes to keep, and how many look-ahead rows to put below a row (ROOT, -1, and nodes).
+struct Plan {
+  size_t kept = 0;
+  std::vector<std::pair<int32_t, int32_t>> chains;  // node, rows below it; by node
+};
+
+// The rows with the most expected tokens per second. `gains[j]`: the chance that the j-th look-ahead row below the token
+// where the path ends foresees one that nothing else does, falling; rows worth `least` or less are left out. `seconds`, of a
+// step with 0, 1, ... rows beside the last token's, limits the rows; empty: the `most` best ones whatever they cost.
+Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& chances, const std::vector<double>& gains,
+               double least, size_t most, const double* seconds, size_t count);
+
 }  // namespace shoestring

@@ -1,6 +1,7 @@
 #include "drafting_bindings.hpp"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
@@ -14,6 +15,7 @@ namespace nb = nanobind;
 namespace shoestring {
 namespace {
 
+using Seconds = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Known = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 struct Rates {
@@ -47,6 +49,16 @@ void bind_drafting(nb::module_& module) {
       .def("observe", [](Rates& self, int source, int length, int rank, bool hit) {
         self.shared->observe({source, length, rank}, hit);
       });
+
+  module.def(
+      "plan_rows",
+      [](const std::vector<int32_t>& parents, const std::vector<double>& chances, const std::vector<double>& gains,
+         double least, int64_t most, const Seconds& seconds) {
+        Plan plan = plan_rows(parents, chances, gains, least, most > 0 ? static_cast<size_t>(most) : 0, seconds.data(),
+                              seconds.shape(0));
+        return nb::make_tuple(plan.kept, plan.chains);
+      },
+      nb::arg("parents"), nb::arg("chances"), nb::arg("gains"), nb::arg("least"), nb::arg("most"), nb::arg("seconds"));
 
   nb::class_<HeldGuesses>(module, "Guesses")
       .def(

@@ -23,6 +23,7 @@ from shoestring.decoding.drafters.draft_model import DraftModelDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
 from shoestring.engine.hf_runner import HFRunner
+from shoestring.engine.runner import NEXT_TOKENS
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.errors import RequestError
 
@@ -248,3 +249,31 @@ def test_other_samples_of_a_prompt_differ_and_repeat(runner):
 
     assert sample(0) == sample(0)
     assert len({tuple(sample(index)) for index in range(4)}) == 4
+
+
+def test_drafters_learn_whether_a_steps_time_says_anything(answer):
+    class Compiling(HFRunner):
+        steps = 0
+
+        @property
+        def settled(self):
+            return self.steps > 3
+
+        def step(self, trees, want=NEXT_TOKENS):
+            self.steps += 1
+            return super().step(trees, want)
+
+    class Watcher(Oracle):
+        def __init__(self, answer):
+            super().__init__(answer)
+            self.typical = []
+
+        def observe(self, step):
+            self.typical.append(step.typical)
+
+    watcher = Watcher(answer)
+    runner = Compiling(ADMITTED["llama"].build())
+    list(decode(runner, [request(PROMPT, watcher, most=40)]))
+    assert watcher.typical[:3] == [False] * 3
+    assert set(watcher.typical[3:]) == {True}
+    runner.close()

@@ -43,9 +43,46 @@ def test_winning_drafts_go_on_but_for_a_look_at_the_plain_step():
 
 def test_losing_drafts_rest_longer_and_longer():
     drafted = run(600, plain=1.0, drafting=1.5, accepted=lambda step: 1)
-    assert sum(drafted[:40]) == 3 + 3  # so far behind that the first trial of six ends after three
-    # 3 after a rest of 24, 48, 96, 128, 128, ...: little is lost in the long run.
+    assert sum(drafted[:60]) == 3  # so far behind that the first trial of six ends after three
     assert sum(drafted) <= 3 + 3 * 6
+    rests = "".join("d" if one else "." for one in drafted).strip(".").split("d")
+    lengths = [len(rest) for rest in rests if rest]
+    assert lengths == sorted(lengths)
+    assert lengths[0] >= 60, "1.5 steps lost in the trial are a fortieth of so many"
+
+
+@pytest.mark.parametrize(("drafting", "accepted"), [(1.2, 1), (2.0, 1.5), (12.0, 1), (30.0, 2.5)])
+def test_what_losing_drafts_cost_is_bounded_however_dear_they_are(drafting, accepted):
+    """Also where texts are short, each of which may repeat itself where the last one did not."""
+    clock = Clock()
+    governor = Governor(clock=clock)
+    tokens = steps = 0
+    for step in range(4000):
+        if step % 100 == 0:
+            governor.begins()
+        drafts = governor.drafts()
+        clock.now += drafting if drafts else 1.0
+        governor.ends(accepted if drafts else 1)
+        if step >= 1000:
+            tokens, steps = tokens + (accepted if drafts else 1), steps + 1
+        else:
+            start = clock.now
+    assert tokens / (clock.now - start) > 0.96
+    assert steps == 3000
+
+
+def test_one_slow_step_is_no_verdict():
+    drafted = run(200, plain=1.0, drafting=1.3, accepted=lambda step: 2)
+    hiccup = drafted.index(True) + 20
+    clock = Clock()
+    governor = Governor(clock=clock)
+    after = []
+    for step in range(200):
+        drafts = governor.drafts()
+        after.append(drafts)
+        clock.now += 60.0 if step == hiccup else 1.3 if drafts else 1.0
+        governor.ends(2 if drafts else 1)
+    assert sum(after[hiccup + 1 :]) > 100
 
 
 def test_a_narrow_loss_takes_the_whole_trial():

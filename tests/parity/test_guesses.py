@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoestring.decoding.drafters.guesses import PlainGuesses, make_guesses
+from shoestring.decoding.drafters.guesses import PlainGuesses, make_guesses, plain_plan_rows, plan_rows
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, native_part
 
 pytestmark = pytest.mark.skipif(native_part() is None, reason="the native part is not installed")
@@ -104,3 +104,40 @@ def test_what_was_forgotten_is_not_drafted():
         guesses.forget()
         guesses.extend([1, 2])
         assert grown(guesses, 8, 0.0, []) == ([], [], [], [])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 1 << 30), st.integers(0, 30), st.integers(0, 5), st.sampled_from([0.0, 0.002, 0.05]),
+    st.integers(-1, 80), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_both_plan_the_same_rows(seed, nodes, ahead, least, most, costs, coarse):
+    chance = random.Random(seed)
+
+    def number():
+        return chance.choice([0.125, 0.25, 0.5]) if coarse else chance.random()  # coarse ones tie
+
+    parents, chances, left = [], [], {-1: 1.0}
+    for node in range(nodes):  # siblings share their parent's chance
+        parent = chance.choice(list(left))
+        mine = left[parent] * number()
+        left[parent] -= mine
+        left[node] = mine
+        parents.append(parent)
+        chances.append(mine)
+    order = sorted(range(nodes), key=lambda node: -chances[node])  # stable: parents stay in front
+    number_of = {-1: -1} | {node: index for index, node in enumerate(order)}
+    parents = [number_of[parents[node]] for node in order]
+    chances = [chances[node] for node in order]
+    gains = sorted((number() for _ in range(ahead)), reverse=True)
+    seconds = None
+    if costs:
+        rows = max(0, most) + 1
+        seconds = np.cumsum([1.0, *(chance.choice([0.0, 0.05, 0.3]) for _ in range(rows - 1))])
+    found = plan_rows(parents, chances, gains, least, most, seconds)
+    assert found == plain_plan_rows(parents, chances, gains, least, most, seconds)
+    kept, chains = found
+    assert kept + sum(count for _, count in chains) <= max(most, 0)
+    assert all(-1 <= node < kept and 0 < count <= ahead for node, count in chains)
+    if not costs and most >= nodes * (1 + ahead) + ahead:
+        assert kept == nodes, "rows that cost nothing are all taken"

@@ -177,7 +177,13 @@ def _step(runner: Runner, active: list[_Sequence]) -> list[tuple[_Sequence, list
                 (
                     drafter,
                     StepObservation(
-                        sequence.context, sequence.draft, emitted, accepted, results[slot], first + 1
+                        sequence.context,
+                        sequence.draft,
+                        emitted,
+                        accepted,
+                        results[slot],
+                        first + 1,
+                        runner.settled,
                     ),
                 )
             )

@@ -3,9 +3,10 @@
 What a step's rows cost is measured once, perhaps while the machine was busy, and without the drafter's own work. So the
 steps that decoding takes correct that measurement, row count by row count, and the drafter plans with the corrected one.
 And where drafting still gives fewer tokens per second than plain steps do (a text that repeats nothing, a long context),
-drafts rest for a while, twice as long each time, and are then tried again.
+drafts rest for a while, twice as long each time, and at least until what the trial lost is a small share of the time.
 """
 
+import math
 import statistics
 import time
 from collections import deque
@@ -17,7 +18,8 @@ __all__ = ["Governor"]
 
 _PLAIN_STEPS = 7  # the latest of them say what a plain step takes: their median
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
-_EARLY_STEPS, _CLEAR_LOSS = 3, 0.75  # a trial ends early where it is this far behind plain steps
+_ENDINGS = ((3, 0.75), (2, 0.25))  # a trial ends after so many steps where it is this far behind plain ones
+_ALLOWANCE = 0.025  # of the plain steps' time that lost trials may cost in the long run
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
@@ -26,7 +28,8 @@ class Governor:
 
     Args:
         trial: drafting steps before the first verdict; a later trial, after a rest, takes half as many.
-        rest: plain steps after a lost trial; doubled by each loss up to `most_rest`, and reset by a win or a new text.
+        rest: plain steps after a lost trial; doubled by each loss up to `most_rest`, and reset by a win or a new text. More
+            where that does not make up for the loss.
         refresh: a plain step is taken after so many drafting ones, so that its cost stays known.
         clock: seconds.
     """
@@ -51,6 +54,8 @@ class Governor:
         self._drafted, self._tokens, self._rows, self._counts, self._sequences = False, 0, 0, True, 0
         self._plain: deque[float] = deque(maxlen=_PLAIN_STEPS)
         self._draft_seconds = self._draft_tokens = 0.0
+        self._recent: deque[float] = deque(maxlen=_PLAIN_STEPS)  # drafting steps
+        self._debt = 0.0  # seconds that drafts have lost against plain steps and rests have not made up for
         # A few plain steps come first, the first of them to warm up.
         self._rest, self._resting, self._trying, self._tried, self._since_plain = rest, 4, trial, 0, 0
 
@@ -64,7 +69,8 @@ class Governor:
 
     def begins(self) -> None:
         """A text begins: it may repeat itself where the last one did not."""
-        self._rest, self._resting = self._first_rest, min(self._resting, self._first_rest)
+        self._rest = self._first_rest
+        self._resting = min(self._resting, max(self._first_rest, self._owed()))
 
     def drafts(self) -> bool:
         """Whether the step that begins now should draft. Called by every sequence that takes part in it."""
@@ -98,6 +104,7 @@ class Governor:
             self._correct(self._rows, statistics.median(self._plain))
             self._resting -= 1
             self._since_plain = 0
+            self._debt = max(0.0, self._debt - _ALLOWANCE * seconds)
             return
         if self._rows > self._sequences:
             self._correct(self._rows, seconds)
@@ -111,17 +118,31 @@ class Governor:
         self._tried += 1
         if not self._plain:
             return
-        plainly = self._draft_tokens * statistics.median(self._plain)  # the seconds of as many plain steps
-        clear_loss = self._tried >= _EARLY_STEPS and plainly < _CLEAR_LOSS * self._draft_seconds
+        plain = statistics.median(self._plain)
+        self._recent.append(seconds)
+        # A median, as one step that the machine kept waiting is no loss of the drafts'.
+        self._debt = max(0.0, self._debt + statistics.median(self._recent) - share * plain)
+        plainly = self._draft_tokens * plain  # the seconds of as many plain steps
+        clear_loss = any(
+            self._tried >= steps and plainly < share_left * self._draft_seconds
+            for steps, share_left in _ENDINGS
+        )
         if self._trying > 0 and not clear_loss:
             return
         if plainly >= self._draft_seconds:
             self._rest = self._first_rest
             return
-        self._resting, self._rest = self._rest, min(2 * self._rest, self._most_rest)
+        self._resting = max(self._rest, self._owed())
+        self._rest = min(2 * self._rest, self._most_rest)
         self._trying = max(1, self._trial // 2)
         self._tried = 0
         self._draft_seconds = self._draft_tokens = 0.0
+
+    def _owed(self) -> int:
+        """Plain steps that make up for what drafts have lost."""
+        if not self._debt:
+            return 0
+        return math.ceil(self._debt / (_ALLOWANCE * statistics.median(self._plain)))
 
     def _correct(self, rows: int, seconds: float) -> None:
         """Let the time of a step of `rows` rows correct the measured cost."""

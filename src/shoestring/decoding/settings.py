@@ -47,13 +47,18 @@ class DraftingEnvironment:
     step_cost: Callable[[], StepCost]
     load_draft_runner: Callable[[str], Runner]
     look_ahead: LookAhead | None = None
-    governor: Governor = field(default_factory=Governor)
+    governors: dict[str, Governor] = field(default_factory=dict)
+    """By strategy: one that loses says nothing of another."""
     successors: Callable[[], np.ndarray | None] = lambda: None
     """What the model finds likely after each token alone; None: not known."""
     rates: AcceptanceRates = field(init=False)
 
     def __post_init__(self) -> None:
         self.rates = AcceptanceRates(self.look_ahead.priors if self.look_ahead else None)
+
+    def governor(self, settings: "Decoding") -> Governor:
+        """Who times the steps of a strategy."""
+        return self.governors.setdefault(describe(settings), Governor())
 
 
 def _at_least(settings: object, **least: int) -> None:
@@ -118,7 +123,7 @@ class Lookahead:
             keep_window=self.keep_window,
             seed=sampling.seed,
         )
-        return GovernedDrafter(drafter, environment.governor) if sizes_itself else drafter
+        return GovernedDrafter(drafter, environment.governor(self)) if sizes_itself else drafter
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,7 @@ class Auto:
         if not self.drafts(environment.step_cost):
             return None
         cost = None if self.budget is not None else environment.step_cost()
-        governor = None if cost is None else environment.governor
+        governor = None if cost is None else environment.governor(self)
         return MergedDrafter(
             cost,
             self.budget,

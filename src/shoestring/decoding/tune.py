@@ -72,7 +72,11 @@ class StepCost:
         """
         expected = np.cumsum([1.0, *chances])
         # The first of the best: a row that gains nothing is left out.
-        return int(np.argmax(expected / self._of_each(batch * np.arange(1, len(expected) + 1))))
+        return int(np.argmax(expected / self.table(len(expected) - 1, batch)))
+
+    def table(self, rows: int, batch: int = 1) -> np.ndarray:
+        """Seconds of a step with 0, 1, ..., `rows` drafted rows for each of `batch` sequences: float64 [rows + 1]."""
+        return self._of_each(batch * np.arange(1, rows + 2))
 
     def _of_each(self, rows: np.ndarray) -> np.ndarray:
         """`of` for many row counts at once."""

@@ -86,6 +86,11 @@ class HFRunner:
         return f"transformers' modules on {self._device}"
 
     @property
+    def settled(self) -> bool:
+        """Nothing is compiled for a step."""
+        return True
+
+    @property
     def slots(self) -> Collection[int]:
         """The slots that are open."""
         return self._sampling.keys()

@@ -152,6 +152,11 @@ class NativeRunner:
         return str(self._model.instruction_set)
 
     @property
+    def settled(self) -> bool:
+        """Nothing is compiled for a step."""
+        return True
+
+    @property
     def slots(self) -> Collection[int]:
         """The slots that are open."""
         return self._sampling.keys()

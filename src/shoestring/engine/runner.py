@@ -122,6 +122,10 @@ class Runner(Protocol):
     def slots(self) -> Collection[int]:
         """The slots that are open."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether the last step's time says what others of its size take: nothing was compiled or captured for it."""
+
     def open(self, slot: int, sampling: SamplingOptions, prompt: Sequence[int] = ()) -> int:
         """Open a slot; return how many of the prompt's first tokens are cached already (a reused prefix)."""
 

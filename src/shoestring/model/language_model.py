@@ -72,7 +72,7 @@ class LanguageModel:
         self._step_cost: StepCost | None = None
         self._successors: np.ndarray | None = None
         self._draft_runners: dict[str, Runner] = {}
-        self._governor = Governor()
+        self._governors: dict[str, Governor] = {}
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.runner.weights}, {self.device})"
@@ -319,7 +319,7 @@ class LanguageModel:
             self.tokenizer,
             [self.encode(prompt) for prompt in prompts],
             DraftingEnvironment(
-                self.step_cost, self.draft_runner, self.look_ahead, self._governor, self.successors
+                self.step_cost, self.draft_runner, self.look_ahead, self._governors, self.successors
             ),
             eos_ids=self.eos_ids,
             slots=self._slots,

@@ -33,6 +33,6 @@ class GovernedDrafter:
 
     def observe(self, step: StepObservation) -> None:
         """Time the step; the drafter sees those that it drafted for."""
-        self._governor.ends(len(step.emitted), 1 + len(step.draft), counts=step.first_row == 1)
+        self._governor.ends(len(step.emitted), 1 + len(step.draft), counts=step.typical)
         if not self._resting:
             self._drafter.observe(step)

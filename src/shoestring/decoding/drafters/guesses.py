@@ -7,6 +7,7 @@ is counted while decoding. A node's chance is the product of its tokens' chances
 import functools
 import heapq
 import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from shoestring.decoding.drafters.protocol import ROOT
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Guess, native_part
 from shoestring.decoding.drafters.recycle import SuccessorTable
 
-__all__ = ["Guesses", "PlainGuesses", "make_guesses"]
+__all__ = ["Guesses", "PlainGuesses", "make_guesses", "plain_plan_rows", "plan_rows"]
 
 _MOST_RANK = 32  # of a source's guesses
 _PAIRS = 200_000
@@ -58,6 +59,64 @@ def make_guesses(rates: AcceptanceRates, longest: int) -> Guesses:
         return PlainGuesses(rates, longest)
     guesses: Any = native_part().Guesses(rates.native, longest, _PAIRS)
     return guesses
+
+
+def plan_rows(
+    parents: list[int],
+    chances: list[float],
+    gains: list[float],
+    least: float,
+    most: int,
+    seconds: np.ndarray | None,
+) -> tuple[int, list[tuple[int, int]]]:
+    """How many of a trie's nodes to keep and how many look-ahead rows to put below which, for the most tokens/s.
+
+    A look-ahead row is worth the chance that the path ends above it times the chance that it alone foresees a token; it
+    competes for rows with the drafted tokens.
+
+    Args:
+        parents, chances: the trie's nodes by falling chance.
+        gains: by place below the token where the path ends, the chance that the row alone foresees a token; falling.
+        least: rows worth no more than this are left out.
+        most: rows at most.
+        seconds: of a step with 0, 1, ... rows (`StepCost.table`); None: rows cost nothing.
+
+    Returns: the number of nodes, and (node or `ROOT`, look-ahead rows) by node.
+    """
+    native = native_part()
+    if native is None or not hasattr(native, "plan_rows"):
+        return plain_plan_rows(parents, chances, gains, least, most, seconds)
+    count, chains = native.plan_rows(
+        parents, chances, gains, least, most, np.empty(0) if seconds is None else seconds
+    )
+    return count, chains
+
+
+def plain_plan_rows(
+    parents: list[int],
+    chances: list[float],
+    gains: list[float],
+    least: float,
+    most: int,
+    seconds: np.ndarray | None,
+) -> tuple[int, list[tuple[int, int]]]:
+    """`plan_rows` in NumPy."""
+    drafted = len(chances)
+    ends = np.array([1.0, *chances])  # by row, the last token's first: the chance that the path ends there
+    np.subtract.at(ends, np.array(parents, np.intp) + 1, chances)
+    worthwhile = np.flatnonzero(ends * gains[0] > least) if gains else np.empty(0, np.intp)
+    values = np.concatenate([chances, np.outer(ends[worthwhile], gains).ravel()])
+    # Of equals a drafted row goes first, then the look-ahead row nearer to the token above it.
+    places = np.concatenate([np.full(drafted, -1), np.tile(np.arange(len(gains)), len(worthwhile))])
+    nodes = np.concatenate([np.arange(drafted), np.repeat(worthwhile - 1, len(gains))])
+    # A drafted row's chance is at most its parent's, and a look-ahead row's value that of the one above it.
+    order = np.lexsort((places, -values))[: max(most, 0)]
+    if seconds is not None:
+        expected = np.cumsum([1.0, *values[order]])[: len(seconds)]
+        order = order[: int(np.argmax(expected / seconds[: len(expected)]))]
+    kept = int((order < drafted).sum())
+    below = Counter(nodes[order[order >= drafted]].tolist())
+    return kept, sorted((node, count) for node, count in below.items() if node < kept)
 
 
 class PlainGuesses:

@@ -5,12 +5,11 @@ tokens per second under the measured cost of a step's rows are highest. Look-ahe
 likely to end, for what they alone are expected to foresee.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from shoestring.decoding.drafters.guesses import make_guesses
+from shoestring.decoding.drafters.guesses import make_guesses, plan_rows
 from shoestring.decoding.drafters.pass_tokens import LookAheadRows
 from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates
@@ -108,35 +107,25 @@ class MergedDrafter:
         """
         rows = self._ahead
         assert rows is not None, "asked for only with look-ahead embeddings"
-        drafted = len(chances)
-        ends = np.array([1.0, *chances])  # by row: the last token's, then the nodes'
-        np.subtract.at(ends, np.array(draft.parents[:drafted], np.intp) + 1, chances)
         foreseen, gains = 1.0, []
         for position in range(1, len(rows) + 1):
             foreseen = min(foreseen, self._rates.rate(("only pass", position, 0)))
             gains.append(foreseen)
-        worthwhile = np.flatnonzero(ends * gains[0] > _LEAST_VALUE)
-        values = np.concatenate([chances, np.outer(ends[worthwhile], gains).ravel()])
-        # Of equals a drafted row goes first, then the look-ahead row nearer to the token above it.
-        places = np.concatenate([np.full(drafted, -1), np.tile(np.arange(len(gains)), len(worthwhile))])
-        nodes = np.concatenate([np.arange(drafted), np.repeat(worthwhile - 1, len(gains))])
-        # A drafted row's chance is at most its parent's, and a look-ahead row's value that of the one above it.
-        order = np.lexsort((places, -values))[:most]
-        count = most if cost is None else cost.best_rows(values[order], batch)
-        chosen = order[:count]
-        kept = _first_nodes(draft, int((chosen < drafted).sum()))
-        lengths = Counter(nodes[chosen[chosen >= drafted]].tolist())
+        candidates = min(most, len(chances) + (len(chances) + 1) * len(gains))
+        seconds = None if cost is None else cost.table(candidates, batch)
+        parents = draft.parents[: len(chances)]
+        count, chains = plan_rows(parents, chances, gains, _LEAST_VALUE, most, seconds)
+        kept = _first_nodes(draft, count)
         rows.begin(kept)
-        for node, length in lengths.items():
-            if node < len(kept):
-                rows.add(node, length)
+        for node, length in chains:
+            rows.add(node, length)
         return kept
 
     def observe(self, step: StepObservation) -> None:
         """Count which guesses came true along the accepted path, then remember all rows' successors."""
         draft, tokens = step.draft, step.context.tokens
         if self._governor is not None:
-            self._governor.ends(len(step.emitted), 1 + len(draft), counts=step.first_row == 1)
+            self._governor.ends(len(step.emitted), 1 + len(draft), counts=step.typical)
         if not draft.top_k:  # a plain step: nothing was guessed
             if self._ahead is not None:
                 self._ahead.forget()

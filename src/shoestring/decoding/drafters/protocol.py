@@ -129,6 +129,13 @@ class StepObservation:
     results: RowResults
     first_row: int
     """The row of node 0: the rows before it are the last accepted token's, and a prompt's."""
+    settled: bool = True
+    """Whether the step took as long as others of its size will."""
+
+    @property
+    def typical(self) -> bool:
+        """Whether its time can be compared with other steps': it read no prompt, and nothing was compiled for it."""
+        return self.settled and self.first_row == 1
 
     def has(self, node: int) -> bool:
         """Whether the node's outputs were computed."""

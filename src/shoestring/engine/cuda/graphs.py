@@ -28,10 +28,14 @@ _MOST_BUCKETS = 48
 
 
 def bucket_of(slots: int, rows: int, top_k: int) -> tuple[Bucket, int]:
-    """The bucket that a step fits into, and its number of likeliest tokens."""
+    """The bucket that a step fits into, and its number of likeliest tokens.
+
+    Steps of several rows find some in any case, so that drafters which ask for them need no graphs of their own.
+    """
     many = next(size for size in _SLOTS if size >= slots)
     wide = next(size for size in _ROWS if size >= max(rows, many))
-    return Bucket(many, wide), next(size for size in _TOPS if size >= top_k)
+    least = top_k if wide == 1 else max(top_k, _TOPS[1])
+    return Bucket(many, wide), next(size for size in _TOPS if size >= least)
 
 
 class BucketStep:
@@ -90,6 +94,11 @@ class BucketStep:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.launch()
         self._graph = graph
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has run before as it will run now: nothing is left to compile or to capture."""
+        return self.uses > 1
 
     @property
     def captured(self) -> bool:

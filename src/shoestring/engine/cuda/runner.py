@@ -58,6 +58,8 @@ class CudaRunner:
         self._sampling: dict[int, SamplingOptions] = {}
         self._trees: dict[int, TokenTree] = {}
         self._last: BucketStep | None = None
+        self.settled = True
+        """Whether the last step compiled or captured nothing."""
 
     @property
     def vocab_size(self) -> int:
@@ -119,6 +121,7 @@ class CudaRunner:
             self.cache.reserve(slot, len(tree))
         rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
         self._trees = dict(trees)
+        self.settled = True
         if sum(len(tree) for tree in trees.values()) <= GRAPH_ROWS:
             found = self._pass(trees, cached, rows, want)
         else:
@@ -166,6 +169,7 @@ class CudaRunner:
             layer: torch.zeros(step.layout.bucket.rows, self._decoder.config.hidden_size, device=self.device)
             for layer in {self._layer(layer) for layer in want.hidden_states}
         }
+        self.settled = self.settled and step.settled
         if outputs and not hidden:
             self.steps.prepare(step)
         step.run(hidden, chooses=outputs > 0)
