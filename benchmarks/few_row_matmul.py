@@ -258,6 +258,10 @@ def cases(
                     yield model, kind, rows, name, Case(model, name, kind, rows, workspace)
 
 
+def wanted(problem: Problem, field: str | None) -> list[LaunchConfig]:
+    return [one for one in candidates(problem) if field is None or getattr(one, field)]
+
+
 def tune(options: Any, workspace: LinearWorkspace, base: Tuning) -> Tuning:
     """Measure the candidates of every problem and keep the winners."""
     began = time.monotonic()
@@ -266,7 +270,7 @@ def tune(options: Any, workspace: LinearWorkspace, base: Tuning) -> Tuning:
     for model in options.models:  # one model's copies at a time
         problems = {case.problem.key: case for *_, case in cases(options, [model], workspace)}
         choices = {
-            key: list(dict.fromkeys([base.config(case.problem), *candidates(case.problem)]))
+            key: list(dict.fromkeys([base.config(case.problem), *wanted(case.problem, options.tune_only)]))
             for key, case in problems.items()
         }
         with background():
@@ -348,6 +352,9 @@ def main() -> None:
     )
     arguments.add_argument("--no-check", action="store_true")
     arguments.add_argument("--tune", action="store_true")
+    arguments.add_argument(
+        "--tune-only", metavar="FIELD", help="try only launches with this field, beside what is known"
+    )
     arguments.add_argument("--tune-seconds", type=float, default=200)
     arguments.add_argument("--winners", type=Path, help="where --tune writes (and a plain run reads) winners")
     options = arguments.parse_args()

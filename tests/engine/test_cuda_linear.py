@@ -118,6 +118,28 @@ def test_written_out_weights(workspace, quantize, inputs):
     assert_near(out, x, *weights, norm=norm, activation="silu")
 
 
+@pytest.mark.parametrize(("inputs", "fuse_norm"), [(232, True), (256, True), (160, False)])
+def test_all_inputs_at_once(workspace, inputs, fuse_norm):
+    x, norm = random(18, inputs), RowNorm(random(inputs, seed=1))
+    weights = [pack_weight(random(40, inputs, seed=seed)) for seed in (0, 1)]
+    config = LaunchConfig("few_rows", 16, 256, 16, stages=1, fuse_norm=fuse_norm, ahead=True)
+    residual = random(18, 40, seed=3)
+    out = residual.clone()
+    (*_, launch) = launches(x, weights[0], None, out, norm, workspace=workspace, config=config)
+    assert launch.constants["AHEAD"]
+    linear(x, weights[0], out, norm=norm, residual=out, workspace=workspace, config=config)
+    assert_near(out, x, weights[0], norm=norm, residual=residual)
+    gated_linear(x, *weights, out, norm=norm, workspace=workspace, config=config)
+    assert_near(out, x, *weights, norm=norm, activation="silu")
+    # Where there are more inputs, or integers, it goes the ordinary way.
+    for other in (replace(config, block_k=128), replace(config, split_k=2)):
+        (*_, launch) = launches(x, weights[0], None, out, norm, workspace=workspace, config=other)
+        assert not launch.constants["AHEAD"]
+    packed = pack_weight(random(40, 256), "int4")
+    linear(random(18, 256), packed, out, workspace=workspace, config=config)
+    assert_near(out, random(18, 256), packed)
+
+
 @pytest.mark.parametrize("split_k", [1, 3])
 def test_tiles_brought_by_the_copy_engine(workspace, split_k):
     x, weights = random(18, 232), [pack_weight(random(40, 232, seed=seed)) for seed in (0, 1)]

@@ -12,7 +12,7 @@ PROGRAM = """
 import sys
 import torch
 from compiled_launches import SHARED_MEMORY, compile_problem
-from shoestring.engine.cuda.tuning import Problem
+from shoestring.engine.cuda.tuning import LaunchConfig, Problem
 
 SMOLLM2 = {"qkv": (960, 576), "gate": (1536, 576), "down": (576, 1536), "head": (49152, 576)}
 SEVEN = {"qkv": (12288, 4096), "output": (4096, 4096), "gate": (11008, 4096), "down": (4096, 11008)}
@@ -40,7 +40,20 @@ def check(shape, rows, kind, pdl=False):
             assert "ld.global.L1::evict_first.L2::cache_hint.v4.b32" in made.ptx
             assert "ld.global.b16" not in made.ptx
 
+def check_ahead(shape, rows, config):
+    # The weights are asked for before the wait.
+    problem = Problem(*shape, rows, "bfloat16", shape == SMOLLM2["gate"])
+    made = compile_problem(problem, norm=True, pdl=True, config=config)[-1]
+    print(problem.key, config, made.registers, "registers", made.spilled, "spilled", made.shared, "shared", flush=True)
+    assert made.launch.constants["AHEAD"]
+    assert made.shared <= SHARED_MEMORY
+    assert not made.spilled, made.spilled
+    before, after = made.ptx.split("griddepcontrol.wait")
+    assert before.count("ld.global") >= 4
+    assert "mma" in after and "mma" not in before
+
 if sys.argv[1] == "few":
+    check_ahead(SMOLLM2["gate"], 16, LaunchConfig("few_rows", 16, 1024, 16, 1, 4, 1, fuse_norm=False, ahead=True))
     check(SMOLLM2["qkv"], 1, "bfloat16", pdl=True)
     check(SMOLLM2["down"], 64, "bfloat16")
     check(SEVEN["gate"], 16, "bfloat16", pdl=True)

@@ -292,6 +292,7 @@ def launches(
         {
             **constants, "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "SPLIT_K": config.split_k,
             "WRITTEN": config.written and weight.kind != "dense",
+            "AHEAD": config.ahead and weight.kind == "dense" and config.split_k == 1 and config.block_k >= inputs,
         },
         config.warps,
         config.stages,

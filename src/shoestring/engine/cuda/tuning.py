@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class LaunchConfig:
         ptx: unpack int4 by hand-written instructions.
         written: round quantised weights to the computing type, and multiply as with dense ones; else a group's integers.
         tma: let Hopper's copy engine bring dense weights and rows that need no norm on the way.
+        ahead: take all inputs at once, and ask for dense weights before the kernel in front has ended (programmatic
+            launch).
     """
 
     kernel: str
@@ -57,6 +59,7 @@ class LaunchConfig:
     ptx: bool = True
     written: bool = False
     tma: bool = False
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,8 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
 def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[LaunchConfig]:
     """Configurations worth measuring, the heuristic's first: at most `most` near it, and those that just fill the card."""
     near = _near_heuristic(problem, processors)[:most]
-    return list(dict.fromkeys([*near, *_filling(problem, processors), *_cut_by_rows(problem, processors)]))
+    others = [kind(problem, processors) for kind in (_filling, _cut_by_rows, _whole_rows)]
+    return list(dict.fromkeys(chain(near, *others)))
 
 
 def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
@@ -288,6 +292,24 @@ def _cut_by_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
                 "few_rows", block_n, block_k, block_m, split_k, warps, min(stages, trips), lines=2, fuse_norm=fuse_norm
             )
         )  # fmt: skip
+    return found
+
+
+def _whole_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
+    """A few rows with a narrow matrix: all inputs in one trip, whose weights come while the kernel in front ends."""
+    rows, inputs = problem.bucket, problem.inputs
+    if problem.quantised or problem.compute == torch.float32 or not 8 <= rows <= 64 or inputs > 2048:
+        return []
+    block_k = 1 << (inputs - 1).bit_length()
+    found = []
+    for block_m, block_n, warps in product((8, 16, 32), (16, 32), (4, 8)):
+        tiles = -(-problem.outputs // block_n)
+        held = block_n * block_k * (2 if problem.gated else 1)  # weights that a program's threads hold
+        fits = block_m <= rows and held <= 8192 * warps and tiles <= processors
+        if fits and processors // 4 <= tiles * -(-rows // block_m) <= 3 * processors:
+            found.append(
+                LaunchConfig("few_rows", block_n, block_k, block_m, 1, warps, 1, fuse_norm=False, ahead=True)
+            )
     return found
 
 
