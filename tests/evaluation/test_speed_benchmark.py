@@ -25,6 +25,11 @@ def test_ratios_are_taken_within_rounds():
     assert row["over_autoregressive"] == {"median": 1.5, "range": [1.0, 2.0]}
     assert row["over_best_transformers"] == {"median": 3.0, "range": [2.0, 4.0]}
     assert row["over_eager_transformers"] == {"median": 5.0, "range": [2.0, 8.0]}
+    assert "over_gpt_fast" not in row
+    alone = [round_of(autoregressive=40, auto=80), round_of(autoregressive=60, auto=60)]
+    assert summary(alone, "auto") == {
+        name: value for name, value in row.items() if "transformers" not in name
+    }
     rounds[0]["auto"]["gsm8k"]["tokens"] = 160
     assert summary(rounds[:1], "auto", ("gsm8k",))["over_autoregressive"]["median"] == 4
     assert summary(rounds[:1], "auto", ("humaneval",))["over_autoregressive"]["median"] == 2
