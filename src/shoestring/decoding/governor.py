@@ -3,7 +3,8 @@
 What a step's rows cost is measured once, perhaps while the machine was busy, and without the drafter's own work. So the
 steps that decoding takes correct that measurement, row count by row count, and the drafter plans with the corrected one.
 And where drafting still gives fewer tokens per second than plain steps do (a text that repeats nothing, a long context),
-drafts rest for a while, twice as long each time, and at least until what the trial lost is a small share of the time.
+drafts rest. How many tokens a step gives is mostly chance, so that a few steps say little: drafts go on until they have
+lost as much time as a few plain steps take, and then rest until that is a small share of the time.
 """
 
 import math
@@ -16,10 +17,12 @@ from shoestring.decoding.tune import StepCost
 
 __all__ = ["Governor"]
 
-_PLAIN_STEPS = 7  # the latest of them say what a plain step takes: their median
+_REMEMBERED = (
+    7  # steps of a kind: their median says what one takes, as one that the machine kept waiting says nothing
+)
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
-_ENDINGS = ((3, 0.75), (2, 0.25))  # a trial ends after so many steps where it is this far behind plain ones
-_ALLOWANCE = 0.025  # of the plain steps' time that lost trials may cost in the long run
+_ALLOWANCE = 0.025  # of the plain steps' time that drafts may lose in the long run
+_MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where they lose again and again
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
@@ -27,23 +30,22 @@ class Governor:
     """Times the steps of a model's sequences, which share one step, and says whether the next one should draft.
 
     Args:
-        trial: drafting steps before the first verdict; a later trial, after a rest, takes half as many.
-        rest: plain steps after a lost trial; doubled by each loss up to `most_rest`, and reset by a win or a new text. More
-            where that does not make up for the loss.
+        limit: what drafts may lose before they rest, in plain steps.
+        credit: what earlier wins may make up for, likewise.
+        first: plain steps that come first, the first of them to warm up.
         refresh: a plain step is taken after so many drafting ones, so that its cost stays known.
         clock: seconds.
     """
 
     def __init__(
         self,
-        trial: int = 6,
-        rest: int = 24,
-        most_rest: int = 128,
+        limit: float = 4.0,
+        credit: float = 12.0,
+        first: int = 4,
         refresh: int = 32,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._trial, self._first_rest, self._most_rest, self._refresh = trial, rest, most_rest, refresh
-        self._clock = clock
+        self._limit, self._credit, self._refresh, self._clock = limit, credit, refresh, clock
         self.cost: StepCost | None = None
         self._measured: StepCost | None = None
         self._corrections: list[
@@ -52,12 +54,11 @@ class Governor:
         self._began: float | None = None  # the step that is under way
         self._ended = 0.0
         self._drafted, self._tokens, self._rows, self._counts, self._sequences = False, 0, 0, True, 0
-        self._plain: deque[float] = deque(maxlen=_PLAIN_STEPS)
-        self._draft_seconds = self._draft_tokens = 0.0
-        self._recent: deque[float] = deque(maxlen=_PLAIN_STEPS)  # drafting steps
-        self._debt = 0.0  # seconds that drafts have lost against plain steps and rests have not made up for
-        # A few plain steps come first, the first of them to warm up.
-        self._rest, self._resting, self._trying, self._tried, self._since_plain = rest, 4, trial, 0, 0
+        self._plain: deque[float] = deque(maxlen=_REMEMBERED)
+        self._drafting: deque[float] = deque(maxlen=_REMEMBERED)
+        self._balance = 0.0  # what drafts have won, in plain steps
+        self._patience = 1
+        self._resting, self._owed, self._since_plain = first, 0, 0
 
     def calibrate(self, measured: StepCost) -> StepCost:
         """The measured cost of a step as steps have corrected it so far."""
@@ -69,8 +70,7 @@ class Governor:
 
     def begins(self) -> None:
         """A text begins: it may repeat itself where the last one did not."""
-        self._rest = self._first_rest
-        self._resting = min(self._resting, max(self._first_rest, self._owed()))
+        self._patience, self._resting = 1, min(self._resting, max(self._owed, 1))
 
     def drafts(self) -> bool:
         """Whether the step that begins now should draft. Called by every sequence that takes part in it."""
@@ -102,47 +102,26 @@ class Governor:
         if not self._drafted:
             self._plain.append(seconds)
             self._correct(self._rows, statistics.median(self._plain))
-            self._resting -= 1
-            self._since_plain = 0
-            self._debt = max(0.0, self._debt - _ALLOWANCE * seconds)
+            self._resting, self._owed, self._since_plain = self._resting - 1, max(0, self._owed - 1), 0
             return
         if self._rows > self._sequences:
             self._correct(self._rows, seconds)
         self._since_plain += 1
         if self._since_plain >= self._refresh:
             self._resting = 1
-        keep = 1 - 1 / (2 * self._trial)
-        self._draft_seconds = keep * self._draft_seconds + seconds
-        self._draft_tokens = keep * self._draft_tokens + share
-        self._trying -= 1
-        self._tried += 1
-        if not self._plain:
+        plain = statistics.median(self._plain) if self._plain else 0.0
+        if plain <= 0:
             return
-        plain = statistics.median(self._plain)
-        self._recent.append(seconds)
-        # A median, as one step that the machine kept waiting is no loss of the drafts'.
-        self._debt = max(0.0, self._debt + statistics.median(self._recent) - share * plain)
-        plainly = self._draft_tokens * plain  # the seconds of as many plain steps
-        clear_loss = any(
-            self._tried >= steps and plainly < share_left * self._draft_seconds
-            for steps, share_left in _ENDINGS
-        )
-        if self._trying > 0 and not clear_loss:
-            return
-        if plainly >= self._draft_seconds:
-            self._rest = self._first_rest
-            return
-        self._resting = max(self._rest, self._owed())
-        self._rest = min(2 * self._rest, self._most_rest)
-        self._trying = max(1, self._trial // 2)
-        self._tried = 0
-        self._draft_seconds = self._draft_tokens = 0.0
-
-    def _owed(self) -> int:
-        """Plain steps that make up for what drafts have lost."""
-        if not self._debt:
-            return 0
-        return math.ceil(self._debt / (_ALLOWANCE * statistics.median(self._plain)))
+        self._drafting.append(seconds)
+        won = share - statistics.median(self._drafting) / plain
+        self._balance = min(self._credit, self._balance + won)
+        if self._balance >= self._credit / 2:
+            self._patience = 1
+        if self._balance < -self._limit:
+            self._owed = math.ceil(-self._balance / _ALLOWANCE)
+            self._resting = self._patience * self._owed
+            self._patience = min(2 * self._patience, _MOST_PATIENCE)
+            self._balance = 0.0
 
     def _correct(self, rows: int, seconds: float) -> None:
         """Let the time of a step of `rows` rows correct the measured cost."""
