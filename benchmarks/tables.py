@@ -54,6 +54,8 @@ def tokens_per_step() -> str:
     """Tokens per step of each strategy on MT-Bench, fp32."""
     parts = []
     for name, result in load_results("exactness"):
+        if result["dtype"] != "float32":
+            continue
         rows = [
             [f"`{strategy}`", f"{total['tokens_per_step']:.2f}"]
             for strategy, total in result["greedy"].items()
@@ -77,24 +79,34 @@ def speed() -> str:
     return "\n".join(parts)
 
 
+_SPEED_COLUMNS = {
+    "over_autoregressive": "over plain",
+    "over_best_transformers": "over transformers' best",
+    "over_eager_transformers": "over transformers' eager",
+    "over_gpt_fast": "over gpt-fast",
+}
+
+
 def _speed_part(name: str, result: Result, batch: str, cell: Result) -> str:
+    contenders = cell["contenders"]
+    columns = [column for column in _SPEED_COLUMNS if all(column in row for row in contenders.values())]
     rows = []
-    for contender, row in cell["contenders"].items():
-        plain, theirs = row["over_autoregressive"], row["over_best_transformers"]
-        rows.append(
-            [
-                f"`{contender}`" if not contender.startswith("transformers") else contender,
-                f"{row['tokens_per_step']:.2f}",
-                f"{row['tokens_per_second']:.1f}",
-                f"{plain['median']:.2f}x ({plain['range'][0]:.2f}-{plain['range'][1]:.2f})",
-                f"{theirs['median']:.2f}x",
-            ]
-        )
+    for contender, row in contenders.items():
+        ours = not contender.startswith("transformers") and contender != "gpt-fast"
+        cells = [f"`{contender}`" if ours else contender, f"{row['tokens_per_step']:.2f}"]
+        cells.append(f"{row['tokens_per_second']:.1f}")
+        for column in columns:
+            low, high = row[column]["range"]
+            spread = f" ({low:.2f}-{high:.2f})" if column == columns[0] and low < high else ""
+            cells.append(f"{row[column]['median']:.2f}x{spread}")
+        rows.append(cells)
+    rounds = cell.get("rounds", 5)
+    note = f"; {result['note']}" if "note" in result else ""
     return (
         f"{result['model']}, {result['dtype']}, batch {batch}, greedy, MT-Bench + GSM8K + HumanEval, "
         f"{result['machine']}, commit {result['commit']} "
-        f"([{name}](RESULTS/{name})); ratios are medians over rounds of one run:\n\n"
-        + table(["", "tokens/step", "tokens/s", "over plain", "over transformers' best"], rows)
+        f"([{name}](RESULTS/{name})); ratios are medians over {rounds} round{'s' * (rounds != 1)} of one run{note}:\n\n"
+        + table(["", "tokens/step", "tokens/s", *(_SPEED_COLUMNS[column] for column in columns)], rows)
     )
 
 
@@ -320,9 +332,9 @@ def gpu_step_cost() -> str:
 
 def few_row_matmul() -> str:
     """A step's products by type of weights and rows, beside PyTorch's."""
-    rows, sources = [], []
+    parts = []
     for name, result in load_results("few_row_matmul"):
-        sources.append(f"[{name}](RESULTS/{name}), {result['machine']}, commit {result['commit']}")
+        rows = []
         for step in result["steps"]:
             of_step = [
                 row for row in result["table"]
@@ -338,10 +350,12 @@ def few_row_matmul() -> str:
                     f"{min(shares):.0f}-{max(shares):.0f}%",
                 ]
             )
-    if not rows:
-        return "Not measured yet.\n"
-    header = ["", "a step's products", "PyTorch's (bfloat16)", "of the read rate, by product"]
-    return "; ".join(sources) + ":\n\n" + table(header, rows)
+        header = ["", "a step's products", "PyTorch's (bfloat16)", "of the read rate, by product"]
+        parts.append(
+            f"{result['machine']}, commit {result['commit']} ([{name}](RESULTS/{name})); it reads "
+            f"{result['read_tb_per_second']:.2f} TB/s:\n\n" + table(header, rows)
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
