@@ -28,6 +28,7 @@ from benchmarks.common import parser
 from benchmarks.quantization import corpus
 from shoestring.evaluation.results import provenance, write_result
 from shoestring.quantization import calibrated, rounded
+from shoestring.quantization.calibration import calibration_windows, tokens_of
 
 HELD_OUT, HELD_OUT_CHARACTERS, WINDOW = 50_000, 400_000, 512
 TARGETS = {"int8": 0.5, "int4": 5.0}
@@ -141,21 +142,6 @@ def measured(name: str, options: Any) -> dict[str, Any]:
         "predicted_tokens": int(counts.sum()),
         "settings": rows,
     }
-
-
-def tokens_of(tokenizer: Any, text: str) -> Tensor:
-    """Token ids of a long text, as of one document."""
-    chunks = [text[at : at + 1_000_000] for at in range(0, len(text), 1_000_000)]
-    encodings = tokenizer.backend_tokenizer.encode_batch(chunks, add_special_tokens=False)
-    return torch.cat([torch.tensor(encoding.ids) for encoding in encodings])
-
-
-def calibration_windows(tokenizer: Any, text: str, count: int) -> Tensor:
-    """Windows [count, 512] of tokens from places evenly spread over a text."""
-    room = 8 * WINDOW  # characters that surely hold so many tokens
-    starts = [int(at) for at in np.linspace(0, len(text) - room, count)]
-    found = [tokens_of(tokenizer, text[at : at + room])[:WINDOW] for at in starts]
-    return torch.stack([window for window in found if len(window) == WINDOW])
 
 
 @torch.no_grad()

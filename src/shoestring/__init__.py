@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from shoestring.errors import ShoestringError
     from shoestring.generation import Generation, Piece, Score
     from shoestring.inside_transformers import custom_generate
-    from shoestring.model import LanguageModel, load
+    from shoestring.model import LanguageModel, load, quantize_model
 
 __all__ = [
     "Auto",
@@ -27,6 +27,7 @@ __all__ = [
     "StepObservation",
     "custom_generate",
     "load",
+    "quantize_model",
 ]
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ _HOMES = {
     "shoestring.errors": ("ShoestringError",),
     "shoestring.inside_transformers": ("custom_generate",),
     "shoestring.generation": ("Generation", "Piece", "Score"),
-    "shoestring.model": ("LanguageModel", "load"),
+    "shoestring.model": ("LanguageModel", "load", "quantize_model"),
 }
 
 

@@ -16,6 +16,7 @@ from shoestring.cli.generate import generate
 from shoestring.cli.models import models
 from shoestring.cli.parse import parse
 from shoestring.cli.pull import pull
+from shoestring.cli.quantize import quantize
 from shoestring.cli.terminal import complain
 from shoestring.cli.train import train
 from shoestring.cli.translate import translate
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, chat, compare, train, evaluate, translate, parse, pull, models, doctor):
+for _command in (generate, chat, compare, train, evaluate, translate, parse, pull, quantize, models, doctor):
     app.command()(_command)
 
 

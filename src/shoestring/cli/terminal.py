@@ -20,6 +20,8 @@ _STAGES = {
     "hash": "verifying",
     "convert": "converting (once)",
     "load": "loading",
+    "pack": "packing",
+    "calibrate": "rounding the layers (GPTQ)",
     "measure": "timing this machine (once)",
 }
 _DRAFTED = "green"

@@ -25,6 +25,7 @@ from shoestring.engine.admission import text_config
 from shoestring.errors import ModelFileError, RequestError, UnsupportedModelError
 from shoestring.hub.catalogue import BUNDLED
 from shoestring.hub.source import ModelSource
+from shoestring.quantization import quantized_rows
 
 __all__ = ["Base", "LookAhead", "bundled_look_ahead", "load_look_ahead", "read_look_ahead"]
 
@@ -137,9 +138,11 @@ class Base:
     @classmethod
     def of_source(cls, source: ModelSource) -> "Base":
         """A model whose weights lie in files, under the names of the native step: only the rows asked for are read."""
-        stored = source.tensors["embed_tokens.weight"]
+        config, stored = source.config.get_text_config(decoder=True), source.tensors["embed_tokens.weight"]
 
         def rows(ids: list[int]) -> Tensor:
+            if source.quantized:
+                return quantized_rows(source, "embed_tokens.weight", config.hidden_size, ids)
             data = np.array(source.maps()["embed_tokens.weight"].reshape(stored.shape[0], -1)[ids])
             if stored.dtype in _FLOATS:
                 return torch.from_numpy(data).view(_FLOATS[stored.dtype])
@@ -147,7 +150,7 @@ class Base:
 
             return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[stored.dtype]))
 
-        return cls(source.config.get_text_config(decoder=True), rows)
+        return cls(config, rows)
 
     def landmarks(self) -> list[int]:
         """Where the largest component lies in evenly spaced rows of the token embedding."""

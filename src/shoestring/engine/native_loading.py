@@ -19,9 +19,16 @@ from shoestring.engine.native_runner import NativeRunner, why_not
 from shoestring.engine.native_weights import config_of, named_weights
 from shoestring.errors import ModelFileError, UnsupportedModelError
 from shoestring.hub import ModelSource
-from shoestring.quantization import WeightMatrix, WeightType, pack, packed_matrices
+from shoestring.quantization import (
+    WeightMatrix,
+    WeightType,
+    pack,
+    packed_matrices,
+    quantized_matrices,
+    unpack,
+)
 
-__all__ = ["native_runner_of"]
+__all__ = ["module_of_matrices", "native_runner_of", "stored_tensor", "weight_shapes"]
 
 # Architectures whose converter to GGUF permutes queries and keys, so that rotary pairs lie side by side.
 _PERMUTED = frozenset({"llama", "smollm3"})
@@ -52,10 +59,7 @@ def native_runner_of(
     if reason is not None:
         raise UnsupportedModelError(reason)
     skeleton = _skeleton(source.config)
-    shapes = {name: tuple(weight.shape) for name, weight in named_weights(skeleton).items()}
-    if source.config.get_text_config(decoder=True).tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    _check(source, shapes)
+    shapes = weight_shapes(source, skeleton)
     limit = admission.max_positions(skeleton)
     if source.gguf_architecture is None:
         config = config_of(skeleton, limit, dtype)
@@ -68,6 +72,45 @@ def native_runner_of(
         bf16_cache=not all_float,
     )
     return NativeRunner(config, _gguf_matrices(source, shapes), **options)
+
+
+def weight_shapes(source: ModelSource, skeleton: torch.nn.Module | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a model's configuration asks for, by its name below the decoder.
+
+    Args:
+        skeleton: the architecture's module without weights; None: made anew.
+
+    Raises:
+        UnsupportedModelError: safetensors of other names or shapes.
+        ModelFileError: a GGUF lacks a tensor, or has one of an impossible shape.
+    """
+    skeleton = _skeleton(source.config) if skeleton is None else skeleton
+    shapes = {name: tuple(weight.shape) for name, weight in named_weights(skeleton).items()}
+    if source.config.get_text_config(decoder=True).tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    if not source.quantized:
+        _check(source, shapes)
+    return shapes
+
+
+def module_of_matrices(
+    source: ModelSource, matrices: Mapping[str, WeightMatrix], dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
+    """transformers' module with the numbers that packed matrices stand for."""
+    module: Any = _skeleton(source.config)
+    prefix = f"{module.base_model_prefix}."
+    own = dict(module.named_parameters())
+    weights = {}
+    for name, matrix in matrices.items():
+        full = next(one for one in (prefix + name, name) if one in own)
+        weights[full] = unpack(matrix).to(device=device, dtype=dtype)
+    module.load_state_dict(weights, strict=False, assign=True)
+    module.tie_weights()
+    if absent := [name for name, weight in module.named_parameters() if weight.is_meta]:
+        raise UnsupportedModelError(f"{source.path} has no weights for {absent[0]!r}")
+    module.to(device)
+    ready: torch.nn.Module = module.eval()
+    return ready
 
 
 def _skeleton(config: Any) -> torch.nn.Module:
@@ -101,17 +144,25 @@ def _folder_matrices(
     quantize: str | None,
     progress: Callable[[str, int, int | None], None] | None,
 ) -> dict[str, WeightMatrix]:
+    if source.quantized:
+        return quantized_matrices(source.path, shapes)
     maps = source.maps()
 
     def read(name: str) -> Tensor:
-        # A copy, as PyTorch warns of memory that cannot be written.
-        flat = torch.from_numpy(np.array(maps[name])).view(_TORCH_TYPES[source.tensors[name].dtype])
-        return flat.view(shapes[name])
+        return stored_tensor(source, maps, name, shapes[name])
 
     if quantize is None and dtype == torch.float32:
         return {name: _float_matrix(maps[name], source.tensors[name].dtype, read, name) for name in shapes}
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip(".-")[-60:] or "model"
     return packed_matrices(f"{readable}-{source.fingerprint[:16]}", shapes, read, quantize, progress)
+
+
+def stored_tensor(
+    source: ModelSource, maps: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]
+) -> Tensor:
+    """A copy of a float tensor of safetensors, as PyTorch warns of memory that cannot be written."""
+    flat = torch.from_numpy(np.array(maps[name])).view(_TORCH_TYPES[source.tensors[name].dtype])
+    return flat.view(shape)
 
 
 def _float_matrix(data: np.ndarray, kind: str, read: Callable[[str], Tensor], name: str) -> WeightMatrix:

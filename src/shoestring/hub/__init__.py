@@ -6,7 +6,7 @@ from shoestring.hub.inventory import ModelInfo, list_models, remove_model
 from shoestring.hub.pretrained import Pretrained, device_of, load_pretrained, torch_dtype
 from shoestring.hub.resolving import check_dtype, find_gguf, resolve
 from shoestring.hub.source import ModelSource, open_source
-from shoestring.hub.verify import verify_folder
+from shoestring.hub.verify import is_quantized, verify_folder
 
 __all__ = [
     "BUNDLED",
@@ -19,6 +19,7 @@ __all__ = [
     "device_of",
     "find_gguf",
     "folder_bytes",
+    "is_quantized",
     "list_models",
     "load_pretrained",
     "open_source",

@@ -15,6 +15,7 @@ from shoestring.errors import (
 from shoestring.hub.cache import Progress
 from shoestring.hub.quiet import quiet_transformers
 from shoestring.hub.resolving import check_dtype, resolve, resolve_adapter
+from shoestring.hub.verify import is_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,10 @@ def load_pretrained(
     check_dtype(dtype)
     place = device_of(device)
     folder = resolve(name, revision=revision, dtype=dtype, progress=progress)
+    if is_quantized(folder):
+        raise UnsupportedModelError(
+            f"{folder} holds int8 or int4 weights, which are run and not trained: name the model that they were made from"
+        )
     adapter_folder = resolve_adapter(adapter, progress) if adapter is not None else None
     tokenizer = load_tokenizer(folder)
     model = _load_model(folder, torch_dtype(dtype, place))

@@ -18,7 +18,7 @@ from shoestring.hub.gguf_tokenizer import tokenizer_of_header
 from shoestring.hub.pretrained import load_config, load_tokenizer
 from shoestring.hub.quiet import quiet_transformers
 from shoestring.hub.resolving import check_dtype, find_gguf, resolve
-from shoestring.hub.verify import StoredTensor, read_json, stored_tensors
+from shoestring.hub.verify import QUANTIZED_WEIGHTS, StoredTensor, is_quantized, read_json, stored_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +61,7 @@ class ModelSource:
     Args:
         tensors: by transformers' names, below the decoder (`layers.0...`); those of a GGUF have ggml's types.
         gguf_architecture: None where the weights are safetensors.
+        quantized: the tensors are bytes that `quantization.quantized_matrices` reads.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ModelSource:
     tokenizer: "PreTrainedTokenizerBase | None"
     tensors: Mapping[str, StoredTensor]
     gguf_architecture: str | None = None
+    quantized: bool = False
 
     def maps(self) -> "Mapping[str, np.ndarray]":
         """Every tensor's bytes, memory-mapped: files are read where and when they are looked at."""
@@ -160,8 +162,11 @@ def open_folder(folder: Path, name: str) -> ModelSource:
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     stored: dict[str, StoredTensor] = {}
+    quantized = is_quantized(folder)
     if single.is_file():
         stored = stored_tensors(single)
+    elif quantized:
+        stored = stored_tensors(folder / QUANTIZED_WEIGHTS)
     else:
         weight_map: dict[str, str] = read_json(index)["weight_map"]
         for shard in sorted(set(weight_map.values())):
@@ -174,6 +179,7 @@ def open_folder(folder: Path, name: str) -> ModelSource:
         generation_config=_generation_config(folder),
         tokenizer=load_tokenizer(folder),
         tensors={key.removeprefix("model."): tensor for key, tensor in stored.items()},
+        quantized=quantized,
     )
 
 

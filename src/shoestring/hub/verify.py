@@ -12,8 +12,10 @@ from shoestring.errors import ModelFileError
 
 __all__ = [
     "PICKLE_REASON",
+    "QUANTIZED_WEIGHTS",
     "StoredTensor",
     "has_pickles",
+    "is_quantized",
     "read_json",
     "stored_tensors",
     "verify_folder",
@@ -22,6 +24,8 @@ __all__ = [
 
 PICKLE_REASON = "pickles can run code when they are read, so only safetensors and GGUF are loaded"
 
+QUANTIZED_WEIGHTS = "quantized.safetensors"
+"""The weights of a folder that `shoestring quantize` wrote, instead of `model.safetensors`."""
 _MAX_HEADER = 100_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _BITS: Mapping[str, int] = MappingProxyType(
@@ -64,6 +68,8 @@ def verify_folder(path: str | Path) -> Path:
         verify_safetensors(single)
     elif index.is_file():
         _verify_index(index)
+    elif is_quantized(folder):
+        verify_safetensors(folder / QUANTIZED_WEIGHTS)
     elif has_pickles(folder):
         raise ModelFileError(f"{folder} holds only pickled weights: {PICKLE_REASON}")
     else:
@@ -107,6 +113,12 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         )
         for start, stop, name in spans
     }
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the folder's weights are those that `shoestring quantize` wrote."""
+    plain = (folder / "model.safetensors", folder / "model.safetensors.index.json")
+    return (folder / QUANTIZED_WEIGHTS).is_file() and not any(path.is_file() for path in plain)
 
 
 def has_pickles(folder: Path) -> bool:

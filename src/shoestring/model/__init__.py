@@ -2,5 +2,6 @@
 
 from shoestring.model.language_model import LanguageModel
 from shoestring.model.loading import load
+from shoestring.model.quantizing import Quantized, quantize_model
 
-__all__ = ["LanguageModel", "load"]
+__all__ = ["LanguageModel", "Quantized", "load", "quantize_model"]

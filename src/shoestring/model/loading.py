@@ -3,17 +3,24 @@
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from shoestring import hub
 from shoestring.decoding.look_ahead import Base, load_look_ahead
+from shoestring.engine.native_loading import module_of_matrices, native_runner_of, weight_shapes
 from shoestring.engine.runner import Runner
-from shoestring.errors import UnsupportedModelError
+from shoestring.errors import RequestError, UnsupportedModelError
 from shoestring.hub.cache import Progress
 from shoestring.model.language_model import LanguageModel
-from shoestring.quantization import check_quantize
+from shoestring.quantization import (
+    WeightMatrix,
+    check_quantize,
+    describe_quantized,
+    quantized_matrices,
+)
 
 __all__ = ["load"]
 
@@ -41,7 +48,7 @@ def load(
         dtype: "auto" is bfloat16 where the hardware computes in it, else float32; a GGUF file's tensors then stay as they
             lie in it, on a CPU that has the native step.
         quantize: "int8" or "int4": weights are rounded once, in groups of 32 inputs, and read so by the native step (CPU,
-            kept in the cache) or the fused step (NVIDIA GPUs).
+            kept in the cache) or the fused step (NVIDIA GPUs). A folder of `quantize_model` has been rounded already.
         progress: called with (stage, done, total) while files are fetched, converted or packed, or steps are timed.
 
     Raises:
@@ -58,6 +65,7 @@ def load(
     wanted = _Loading(
         str(model), revision, adapter, look_ahead, hub.device_of(device), dtype, quantize, progress
     )
+    wanted.check_quantized()
     fastest = {"cpu": wanted.native, "cuda": wanted.cuda}.get(wanted.device.type)
     why = f"device {wanted.device} has no step of its own"
     if fastest is not None:
@@ -95,8 +103,39 @@ class _Loading:
         return hub.torch_dtype(self.dtype, self.device)
 
     @cached_property
+    def quantized(self) -> hub.ModelSource | None:
+        """The folder of `quantize_model` that was named; None where it is another model."""
+        folder = Path(self.model).expanduser()
+        if not folder.is_dir() or not hub.is_quantized(folder):
+            return None
+        return hub.open_source(folder)
+
+    def check_quantized(self) -> None:
+        """Refuse what cannot be asked of weights that are rounded already."""
+        if self.quantized is None:
+            return
+        stored = describe_quantized(self.quantized.path)["quantize"]
+        if self.quantize not in (None, stored):
+            raise RequestError(
+                f"{self.model} holds {stored} weights, not {self.quantize}: leave quantize out, or name the model that "
+                "they were made from"
+            )
+        if self.adapter is not None:
+            raise RequestError(f"{self.model} holds {stored} weights, which an adapter cannot be merged into")
+
+    @cached_property
+    def matrices(self) -> dict[str, WeightMatrix]:
+        """The weights of the quantised folder."""
+        assert self.quantized is not None, "asked for only of such folders"
+        return quantized_matrices(self.quantized.path, weight_shapes(self.quantized))
+
+    @cached_property
     def pretrained(self) -> hub.Pretrained:
         """transformers' module and tokenizer."""
+        if self.quantized is not None:
+            source = self.quantized
+            module: Any = module_of_matrices(source, self.matrices, self.computed, self.device)
+            return hub.Pretrained(module, source.tokenizer, source.path, self.model)
         return hub.load_pretrained(
             self.model,
             revision=self.revision,
@@ -118,12 +157,13 @@ class _Loading:
         if reason is not None:
             raise UnsupportedModelError(reason)
         module = self.pretrained.model
+        if self.quantized is not None:
+            return self._made_of(module, cuda_runner_of(module, packed=self.matrices))
         runner = cuda_runner_of(module, quantize=self.quantize)
         return self._made(module, runner) if self.quantize is None else self._made_of(module, runner)
 
     def native(self) -> LanguageModel:
         """The native step over the model's files; over a module in memory where an adapter is merged or names differ."""
-        from shoestring.engine.native_loading import native_runner_of
         from shoestring.engine.native_runner import NativeRunner, why_not, why_not_built
 
         if self.computed not in (torch.float32, torch.bfloat16):

@@ -4,7 +4,14 @@ from shoestring.quantization.formats import QUANTIZE, WeightMatrix, WeightType, 
 from shoestring.quantization.gptq import calibrated, gptq, rounded
 from shoestring.quantization.grids import Grid, round_to_nearest
 from shoestring.quantization.packed_folder import packed_matrices
-from shoestring.quantization.packing import pack, pack_grid, weight_type_for
+from shoestring.quantization.packing import pack, pack_grid, unpack, weight_type_for
+from shoestring.quantization.quantized_folder import (
+    copy_beside,
+    describe_quantized,
+    quantized_matrices,
+    quantized_rows,
+    write_quantized,
+)
 
 __all__ = [
     "QUANTIZE",
@@ -13,11 +20,17 @@ __all__ = [
     "WeightType",
     "calibrated",
     "check_quantize",
+    "copy_beside",
+    "describe_quantized",
     "gptq",
     "pack",
     "pack_grid",
     "packed_matrices",
+    "quantized_matrices",
+    "quantized_rows",
     "round_to_nearest",
     "rounded",
+    "unpack",
     "weight_type_for",
+    "write_quantized",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from shoestring.errors import RequestError, suggest
 
-__all__ = ["QUANTIZE", "WeightMatrix", "WeightType", "check_quantize"]
+__all__ = ["QUANTIZE", "WeightMatrix", "WeightType", "check_quantize", "packed_bytes"]
 
 QUANTIZE = ("int8", "int4")
 """What `load(quantize=)` takes."""
@@ -42,6 +42,16 @@ class WeightMatrix:
     rows: int
     cols: int
     data: Any
+
+
+def packed_bytes(kind: WeightType, rows: int, cols: int) -> int:
+    """Bytes of a float32 matrix, or of one in our own tiles of sixteen rows."""
+    if kind == WeightType.F32:
+        return 4 * rows * cols
+    tiles = -(-rows // 16)
+    if kind == WeightType.BF16_TILES:
+        return tiles * -(-cols // 2) * 64
+    return tiles * (cols // 32) * {WeightType.INT8_TILES: 544, WeightType.INT4_TILES: 320}[kind]
 
 
 def check_quantize(quantize: str | None) -> str | None:

@@ -4,6 +4,7 @@ A row of W is rounded column by column; each column's error is spread over the c
 inputs' second moments, H = X X^T. Plain PyTorch, on a CPU or a GPU.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -158,6 +159,7 @@ def calibrated(
     activation_order: bool = False,
     clip: bool = True,
     batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Grid]:
     """`rounded` by GPTQ: each matrix on the inputs that `tokens` give it through everything quantised before it.
 
@@ -168,6 +170,7 @@ def calibrated(
         tokens: sequences of calibration text; 128 of 512 tokens will do for a small model.
         batch: sequences that go through a layer at a time.
         damping, activation_order, clip: as in `gptq`.
+        progress: called with the layers that are done, and all.
 
     Returns: the grids by the weights' names, for `pack_grid`.
 
@@ -185,6 +188,8 @@ def calibrated(
     grids = _round_ends(model)
     calls = _inputs_of(model, layers[0], tokens, batch)
     for index, layer in enumerate(layers):
+        if progress is not None:
+            progress(index, len(layers))
         stages, unused = _stages(layer, calls[0])
         if unused:
             raise UnsupportedModelError(f"{prefix}.{index}.{unused[0]} took no inputs")

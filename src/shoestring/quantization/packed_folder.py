@@ -16,13 +16,15 @@ from torch import Tensor
 from shoestring.errors import ModelFileError
 from shoestring.hub.cache import Progress, locked, require_space, subfolder, whole_folder, write_json
 from shoestring.hub.verify import read_json, stored_tensors
-from shoestring.quantization.formats import WeightMatrix, WeightType
+from shoestring.quantization.formats import WeightMatrix, WeightType, packed_bytes
 from shoestring.quantization.packing import pack, weight_type_for
 
-__all__ = ["packed_matrices"]
+__all__ = ["MANIFEST", "open_packed", "packed_matrices", "write_packed"]
 
 _VERSION = 1
-_MANIFEST, _WEIGHTS = "shoestring.json", "weights.safetensors"
+_WEIGHTS = "weights.safetensors"
+MANIFEST = "shoestring.json"
+"""The file that says how the matrices are stored."""
 _ALIGNMENT = 64
 _SPARE = 64 << 20
 
@@ -48,41 +50,38 @@ def packed_matrices(
     """
     target = subfolder("packed") / f"{key}-{quantize or 'bfloat16'}-v{_VERSION}"
     kinds = {name: weight_type_for(name, shape, quantize) for name, shape in shapes.items()}
-    found = _open(target, shapes, kinds)
+    found = open_packed(target / _WEIGHTS, shapes, kinds)
     if found is None:
         with locked(target.name):
-            found = _open(target, shapes, kinds)  # another process may have made it while this one waited
+            # Another process may have made it while this one waited.
+            found = open_packed(target / _WEIGHTS, shapes, kinds)
             if found is None:
                 with whole_folder(target) as part:
-                    _write(part, shapes, kinds, read, progress)
-                found = _open(target, shapes, kinds)
+                    write_packed(
+                        part / _WEIGHTS, shapes, kinds, lambda name: pack(read(name), kinds[name]), progress
+                    )
+                found = open_packed(target / _WEIGHTS, shapes, kinds)
     if found is None:
         raise ModelFileError(f"{target} cannot be read back; remove it and try again")
     return found
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, WeightType]) -> dict[str, int]:
-    from shoestring import _native
-
-    return {
-        name: int(_native.matrix_bytes(int(kind), *_rows_and_cols(shapes[name])))
-        for name, kind in kinds.items()
-    }
+    return {name: packed_bytes(kind, *_rows_and_cols(shapes[name])) for name, kind in kinds.items()}
 
 
 def _rows_and_cols(shape: tuple[int, ...]) -> tuple[int, int]:
     return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
 
 
-def _open(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, WeightType]
+def open_packed(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, WeightType]
 ) -> dict[str, WeightMatrix] | None:
-    """The matrices, mapped; None where the folder is missing, broken or another model's."""
-    path = folder / _WEIGHTS
-    if not (folder / _MANIFEST).is_file() or not path.is_file():
+    """The matrices of a file with its manifest beside it, mapped; None where one is missing, broken or another model's."""
+    if not (path.parent / MANIFEST).is_file() or not path.is_file():
         return None
     try:
-        manifest, stored = read_json(folder / _MANIFEST), stored_tensors(path)
+        manifest, stored = read_json(path.parent / MANIFEST), stored_tensors(path)
     except ModelFileError:
         return None
     sizes = _sizes(shapes, kinds)
@@ -104,15 +103,17 @@ def _open(
     }
 
 
-def _write(
-    folder: Path,
+def write_packed(
+    path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     kinds: Mapping[str, WeightType],
-    read: Callable[[str], Tensor],
-    progress: Progress | None,
+    matrix: Callable[[str], WeightMatrix],
+    progress: Progress | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
+    """Write the matrices of a model into a file, one after another, and a manifest with `facts` beside it."""
     sizes = _sizes(shapes, kinds)
-    require_space(folder, sum(sizes.values()) + _SPARE, "packing the weights")
+    require_space(path.parent, sum(sizes.values()) + _SPARE, "packing the weights")
     # Matrices first: they are whole cache lines each, so every one of them starts on one.
     order = sorted(kinds, key=lambda name: sizes[name] % _ALIGNMENT != 0)
     header: dict[str, Any] = {}
@@ -126,16 +127,14 @@ def _write(
         end += sizes[name]
     raw = json.dumps(header).encode()
     raw += b" " * (-(len(raw) + 8) % _ALIGNMENT)
-    with (folder / _WEIGHTS).open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
         for done, name in enumerate(order):
             if progress:
                 progress("pack", done, len(order))
-            matrix = pack(read(name), kinds[name])
-            file.write(np.ascontiguousarray(matrix.data).tobytes())
+            file.write(np.ascontiguousarray(matrix(name).data).tobytes())
     if progress:
         progress("pack", len(order), len(order))
-    write_json(
-        folder / _MANIFEST, {"version": _VERSION, "types": {name: kind.name for name, kind in kinds.items()}}
-    )
+    types = {name: kind.name for name, kind in kinds.items()}
+    write_json(path.parent / MANIFEST, {"version": _VERSION, **(facts or {}), "types": types})

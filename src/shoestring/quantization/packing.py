@@ -4,6 +4,8 @@ int8 rounds symmetrically to the nearest of 255 levels. int4 has a scale and a m
 squared error; the embedding and the head, to which a model is most sensitive, are int8 then.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from shoestring.quantization.formats import WeightMatrix, WeightType
 from shoestring.quantization.grids import GROUP, Grid
 
-__all__ = ["pack", "pack_grid", "weight_type_for"]
+__all__ = ["pack", "pack_grid", "unpack", "unpack_grid", "unpack_rows", "weight_type_for"]
 
 _TILE = 16
 _SENSITIVE = ("embed_tokens.weight", "lm_head.weight")
@@ -65,3 +67,43 @@ def pack_grid(grid: Grid) -> WeightMatrix:
         )
         parts.append(padded.transpose(1, 2).contiguous().view(torch.uint8))
     return WeightMatrix(kind, rows, cols, torch.cat(parts, 2).contiguous().flatten().numpy())
+
+
+def unpack(matrix: WeightMatrix) -> Tensor:
+    """The numbers of a float32 matrix or of our own tiles: float32 [rows, cols], one row of float32 as a vector."""
+    rows, cols = matrix.rows, matrix.cols
+    data = torch.from_numpy(np.array(matrix.data, copy=True).view(np.uint8).reshape(-1))
+    if matrix.type == WeightType.F32:
+        values = data.view(torch.float32).view(rows, cols)
+        return values[0] if rows == 1 else values
+    if matrix.type == WeightType.BF16_TILES:
+        pairs = data.view(torch.bfloat16).view(-1, -(-cols // 2), _TILE, 2)
+        return pairs.transpose(1, 2).reshape(-1, pairs.shape[1] * 2)[:rows, :cols].float()
+    return unpack_grid(matrix).dense()
+
+
+def unpack_rows(matrix: WeightMatrix, index: Sequence[int]) -> Tensor:
+    """Some rows [len(index), cols] of a matrix in our own tiles, without reading the others."""
+    picked = [int(row) for row in index]
+    tiles = matrix.data.reshape(-(-matrix.rows // _TILE), -1)[[row // _TILE for row in picked]]
+    some = unpack(WeightMatrix(matrix.type, _TILE * len(picked), matrix.cols, tiles))
+    return some[[_TILE * place + row % _TILE for place, row in enumerate(picked)]]
+
+
+def unpack_grid(matrix: WeightMatrix) -> Grid:
+    """`pack_grid` backwards: integers and scales of int8 or int4 tiles."""
+    rows, groups = matrix.rows, matrix.cols // GROUP
+    integers = 512 if matrix.type == WeightType.INT8_TILES else 256
+    halves = 1 if matrix.type == WeightType.INT8_TILES else 2
+    data = torch.from_numpy(np.array(matrix.data, copy=True).view(np.uint8).reshape(-1))
+    tiles = data.view(-1, groups, integers + 2 * _TILE * halves)
+    # [tiles, groups, fours, 16, 4] -> [rows, groups, bytes]
+    stored = (
+        tiles[:, :, :integers].unflatten(2, (-1, _TILE, 4)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(2)
+    )
+    numbers = tiles[:, :, integers:].contiguous().view(torch.float16).unflatten(2, (halves, _TILE))
+    scales = numbers.permute(2, 0, 3, 1).flatten(1, 2)[:, :rows]
+    stored = stored[:rows]
+    if halves == 1:
+        return Grid("int8", (stored.short() - 128).to(torch.int8).flatten(1), scales[0])
+    return Grid("int4", torch.cat([stored & 15, stored >> 4], 2).flatten(1), scales[0], scales[1])

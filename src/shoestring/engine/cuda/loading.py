@@ -1,5 +1,8 @@
 """From a loaded HF module to the fused step: weights joined where one matrix serves several projections, or packed."""
 
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,16 +12,18 @@ from shoestring.engine import admission
 from shoestring.engine.cuda.decoder import Decoder, LayerWeights
 from shoestring.engine.cuda.rows import RowNorm
 from shoestring.engine.cuda.runner import UNLIMITED, CudaRunner
-from shoestring.engine.cuda.weights import DeviceWeight, pack_weight
+from shoestring.engine.cuda.weights import DeviceWeight, join_weights, pack_weight, weight_of_tiles
 from shoestring.engine.native_weights import NativeConfig, config_of, named_weights
 from shoestring.engine.runner import Outputs
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import UnsupportedModelError
+from shoestring.quantization import WeightMatrix, WeightType
 
 __all__ = ["runner_of_module"]
 
 _HEAD_DIMS = range(16, 257)
+_TILES = MappingProxyType({WeightType.INT8_TILES: "int8", WeightType.INT4_TILES: "int4"})
 _PROBE_SLOT = -3
 _PROBE_TOKENS = 12
 # Relative error of the fused step's logits against the module's own.
@@ -28,12 +33,18 @@ _TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
 
 
 def runner_of_module(
-    module: torch.nn.Module, *, quantize: str | None = None, graphs: bool = True, probe: bool = True
+    module: torch.nn.Module,
+    *,
+    quantize: str | None = None,
+    packed: Mapping[str, WeightMatrix] | None = None,
+    graphs: bool = True,
+    probe: bool = True,
 ) -> CudaRunner:
     """A runner with the weights of a loaded HF module.
 
     Without `quantize` the module stays usable: its projections become views of the joined matrices. With it, matrices are
-    packed one by one and the module's own are let go as it is.
+    packed one by one and the module's own are let go as it is. `packed` are the matrices of a quantised folder, by their
+    names below the decoder: those are taken as they are, and the module has the numbers that they stand for.
 
     Raises:
         UnsupportedModelError: the fused step cannot run this model, or disagrees with the module on a few tokens.
@@ -45,14 +56,14 @@ def runner_of_module(
     positions = config.max_positions or UNLIMITED
     expected = _module_logits(module, config) if probe else None
     runner = CudaRunner(
-        _decoder(module, config, quantize, positions),
+        _decoder(module, config, quantize, positions, packed or {}),
         max_positions=config.max_positions,
-        weights=quantize or str(_dtype(module)).removeprefix("torch."),
+        weights=_stored(packed) or quantize or str(_dtype(module)).removeprefix("torch."),
         parameters=sum(weight.numel() for weight in named_weights(module).values()),
         graphs=graphs,
     )
     if expected is not None:
-        _check(runner, _probe_tokens(config), expected, loose=quantize is not None)
+        _check(runner, _probe_tokens(config), expected, loose=bool(quantize or packed))
     return runner
 
 
@@ -74,7 +85,19 @@ def _dtype(module: torch.nn.Module) -> torch.dtype:
     return dtype
 
 
-def _decoder(module: torch.nn.Module, config: NativeConfig, quantize: str | None, positions: int) -> Decoder:
+def _stored(packed: Mapping[str, WeightMatrix] | None) -> str | None:
+    """How most of the packed matrices are stored, for people."""
+    kinds = Counter(matrix.type for matrix in (packed or {}).values() if matrix.type in _TILES)
+    return _TILES[kinds.most_common(1)[0][0]] if kinds else None
+
+
+def _decoder(
+    module: torch.nn.Module,
+    config: NativeConfig,
+    quantize: str | None,
+    positions: int,
+    packed: Mapping[str, WeightMatrix],
+) -> Decoder:
     weights = named_weights(module)
     parameters = _named_parameters(module)
     dtype = _dtype(module)
@@ -83,10 +106,19 @@ def _decoder(module: torch.nn.Module, config: NativeConfig, quantize: str | None
         gain = weights.get(name)
         return None if gain is None else RowNorm(gain, config.norm_epsilon, config.norm_adds_one)
 
+    def given(name: str) -> DeviceWeight | None:
+        found = packed.get(name)
+        if found is None or found.type not in _TILES:
+            return None
+        return weight_of_tiles(found, weights["embed_tokens.weight"].device, dtype)
+
     def matrix(name: str) -> DeviceWeight:
-        return pack_weight(weights[name], quantize)
+        return given(name) or pack_weight(weights[name], quantize)
 
     def joined(names: list[str]) -> DeviceWeight:
+        parts = [given(name) for name in names]
+        if all(parts):
+            return join_weights([part for part in parts if part is not None])
         together = torch.cat([weights[name] for name in names])
         if quantize is None:
             first = 0
@@ -132,7 +164,8 @@ def _decoder(module: torch.nn.Module, config: NativeConfig, quantize: str | None
     embedding = weights["embed_tokens.weight"]
     head = weights.get("lm_head.weight", embedding)
     # A model is most sensitive to its head, so it is int8 at least.
-    packed_head = pack_weight(head, quantize and "int8")
+    named = "lm_head.weight" if "lm_head.weight" in weights else "embed_tokens.weight"
+    packed_head = given(named) or pack_weight(head, quantize and "int8")
     return Decoder(
         config, embedding, layers, final, packed_head, weights.get("lm_head.bias"), dtype, positions
     )

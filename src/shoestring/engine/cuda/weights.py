@@ -7,6 +7,7 @@ neighbouring groups, the first in the low halves of the bytes. Scales are words 
 ahead like the weights, and group-major: a tile of outputs reads them together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from shoestring.errors import RequestError
 from shoestring.quantization import WeightMatrix, WeightType, check_quantize
 from shoestring.quantization.grids import GROUP, blocks_on_grid
 
-__all__ = ["GROUP", "DeviceWeight", "pack_weight", "weight_of_tiles"]
+__all__ = ["GROUP", "DeviceWeight", "join_weights", "pack_weight", "weight_of_tiles"]
 
 _TILE = 16
 """Outputs that a tile of the CPU's interleaves."""
@@ -120,6 +121,22 @@ def weight_of_tiles(
     if halves == 1:
         return _int8((levels ^ 128).contiguous().view(torch.int8), scales[0], inputs, dtype)
     return _int4(torch.cat([levels & 15, levels >> 4], 2), scales[0], scales[1], inputs, dtype)
+
+
+def join_weights(parts: Sequence[DeviceWeight]) -> DeviceWeight:
+    """Matrices of the same inputs as one, outputs one behind another."""
+    first = parts[0]
+    if any((one.kind, one.inputs, one.dtype) != (first.kind, first.inputs, first.dtype) for one in parts):
+        raise RequestError("matrices of different kinds or inputs cannot be joined")
+    scales = [one.scales for one in parts if one.scales is not None]
+    return DeviceWeight(
+        first.kind,
+        sum(one.outputs for one in parts),
+        first.inputs,
+        first.dtype,
+        torch.cat([one.values for one in parts]),
+        torch.cat(scales, 1) if scales else None,
+    )
 
 
 def _int8(
