@@ -11,7 +11,7 @@ import pytest
 import shoestring as package
 from shoestring.cli import run
 
-COMMANDS = ["generate", "chat", "compare", "pull", "models", "doctor"]
+COMMANDS = ["generate", "chat", "compare", "pull", "quantize", "models", "doctor"]
 SHORT = ("--max-new-tokens", "10", "--dtype", "float32")
 
 
@@ -122,6 +122,25 @@ def test_chat_without_a_template_says_what_to_do(shoestring, tmp_path):
     assert "has no chat template; shoestring generate --raw" in shoestring(
         "chat", "--model", str(bare), fails=2
     )
+
+
+def test_quantize_writes_a_folder_that_generate_loads(shoestring, tiny, tmp_path):
+    pytest.importorskip("shoestring._native", reason="built without the native part")
+    text = tmp_path / "text.txt"
+    text.write_text("A dog runs through the snow, and the cat sleeps. " * 80)
+    plain, calibrated = (str(tmp_path / name) for name in ("plain", "calibrated"))
+    out = shoestring("quantize", tiny, "--output", plain, "--quantize", "int8")
+    assert out.startswith(f"{plain}: int8, to the nearest, ")
+    told = shoestring(
+        "quantize", tiny, "-o", calibrated, "--calibrate", str(text), "--windows", "2", "--json"
+    )
+    assert (told["folder"], told["quantize"], told["method"]) == (calibrated, "int4", "gptq")
+    for folder in (plain, calibrated):
+        assert shoestring("generate", "abc", "--model", folder, *SHORT, "--json")["token_ids"]
+    assert "is there already" in shoestring("quantize", tiny, "--output", plain, fails=2)
+    assert "cannot be read" in shoestring("quantize", tiny, "-o", "x", "--calibrate", "nowhere.txt", fails=2)
+    text.write_text(" \n")
+    assert "is empty" in shoestring("quantize", tiny, "-o", "x", "--calibrate", str(text), fails=2)
 
 
 def test_models_lists_and_removes(shoestring, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoestring.engine.cuda.weights import pack_weight, weight_of_tiles
+from shoestring.engine.cuda.weights import join_weights, pack_weight, weight_of_tiles
 from shoestring.errors import RequestError
 from shoestring.quantization import WeightType, pack
 
@@ -44,6 +44,23 @@ def test_quantised_in_parts_is_quantised_at_once(monkeypatch):
     parts = pack_weight(weight, "int4")
     assert torch.equal(whole.values, parts.values)
     assert torch.equal(whole.scales, parts.scales)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_joined_weights_are_those_of_the_joined_matrix(quantize):
+    parts = [weights(rows, 96) for rows in (32, 16, 7)]
+    joined = join_weights([pack_weight(part, quantize) for part in parts])
+    whole = pack_weight(torch.cat(parts), quantize)
+    assert (joined.kind, joined.outputs, joined.inputs, joined.dtype) == (
+        "dense" if quantize is None else quantize,
+        55,
+        96,
+        whole.dtype,
+    )
+    assert torch.equal(joined.values, whole.values)
+    assert torch.equal(joined.dense(), whole.dense())
+    with pytest.raises(RequestError, match="cannot be joined"):
+        join_weights([pack_weight(parts[0], "int8"), pack_weight(parts[1], "int4")])
 
 
 def test_bytes_of_a_pass():

@@ -25,10 +25,12 @@ from driving import assert_driven_alike, assert_embeddings_and_masks_alike, rand
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.engine.cuda.loading import runner_of_module
 from shoestring.engine.cuda.runner import CudaRunner
+from shoestring.engine.native_weights import named_weights
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError, UnsupportedModelError
+from shoestring.quantization import pack, unpack, weight_type_for
 
 INTERPRETED = interpreted_triton.DEVICE == "cpu"
 FAMILY = (
@@ -152,6 +154,37 @@ def test_graphs_replay_what_launches_compute():
         outputs.append(torch.stack(rows))
     assert runners[1].steps.capture_seconds > 0
     torch.testing.assert_close(outputs[0], outputs[1], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantised_folders_weights_are_taken_as_they_are(quantize):
+    """Packed by the CPU's part and joined on the device: the same numbers as rounded there, so the same logits."""
+    pytest.importorskip("shoestring._native", reason="built without the native part")
+    module = ADMITTED["qwen3"].build()
+    packed = {
+        name: pack(weight, weight_type_for(name, tuple(weight.shape), quantize))
+        for name, weight in named_weights(module).items()
+    }
+    dense = runner_of_module(
+        ADMITTED["qwen3"].build().to(interpreted_triton.DEVICE), quantize=quantize, graphs=not INTERPRETED
+    )
+    own = dict(module.named_parameters())
+    for name, matrix in packed.items():
+        full = next(one for one in (f"model.{name}", name) if one in own)
+        own[full].data = unpack(matrix).view_as(own[full])
+    runner = runner_of_module(
+        module.to(interpreted_triton.DEVICE), packed=packed, graphs=not INTERPRETED, probe=False
+    )
+    assert runner.weights == quantize
+    found = []
+    for one in (dense, runner):
+        one.open(0, GREEDY)
+        step = one.step({0: TokenTree.chain([5])}, Outputs({0: [0]}, logits=True))[0]
+        found.append(step.logits(0).clone())
+        one.release(0)
+        one.close()
+    # The embedding is not rounded where weights are rounded at load, so that the first layer's inputs differ a little.
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
