@@ -7,6 +7,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from benchmarks.fast_feedforward_tables import (
@@ -27,10 +28,12 @@ ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 
-def exactness() -> str:
+def exactness(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> str:
     """How many texts are equal to plain decoding's, by precision and strategy."""
     parts = []
     for name, result in load_results("exactness"):
+        if result["dtype"] not in dtypes:
+            continue
         rows = []
         for kind in ("greedy", "sampled"):
             for strategy, total in result.get(kind, {}).items():
@@ -70,13 +73,33 @@ def tokens_per_step() -> str:
     return "\n".join(parts)
 
 
-def speed() -> str:
-    """Tokens per second of each strategy, as ratios within one run."""
+def speed(machines: str = "") -> str:
+    """Tokens per second of each strategy, as ratios within one run; of machines whose names begin so."""
     parts = []
     for name, result in load_results("speed"):
+        if not result["machine"].startswith(machines):
+            continue
         batches = result.get("batches") or {"1": result}  # older files are of one batch
         parts += [_speed_part(name, result, batch, cell) for batch, cell in batches.items()]
     return "\n".join(parts)
+
+
+def draft_width() -> str:
+    """Tokens per step of `auto` by its rows."""
+    parts = []
+    for name, result in load_results("draft-width"):
+        found = result["tokens_per_step"]
+        rows = [
+            [f"{budget} rows", *(f"{value:.2f}" for value in row.values())] for budget, row in found.items()
+        ]
+        with_ = "with" if result["look_ahead"] else "without"
+        parts.append(
+            f"{result['model']}, {result['dtype']}, greedy, {result['prompts_of_a_set']} prompts of a set, up to "
+            f"{result['max_new_tokens']} tokens, {with_} look-ahead embeddings, {result['machine']}, commit "
+            f"{result['commit']} ([{name}](RESULTS/{name})):\n\n"
+            + table(["beside the last token's", "MT-Bench", "GSM8K", "HumanEval"], rows)
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
 
 
 _SPEED_COLUMNS = {
@@ -359,9 +382,12 @@ def few_row_matmul() -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "draft-width": draft_width,
     "exactness": exactness,
+    "exactness-gpu": partial(exactness, ("bfloat16",)),
     "tokens-per-step": tokens_per_step,
     "speed": speed,
+    "speed-gpu": partial(speed, "nvidia"),
     "pass-steps": pass_steps,
     "pass-controls": pass_controls,
     "pass-speed": pass_speed,

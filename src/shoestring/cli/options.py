@@ -70,7 +70,8 @@ Dtype = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="int8 or int4: weights are rounded once and kept in the cache (CPU).", rich_help_panel=_MODEL
+        help="int8 or int4: weights are rounded at load (on a CPU once, and kept in the cache).",
+        rich_help_panel=_MODEL,
     ),
 ]
 Decoding = Annotated[

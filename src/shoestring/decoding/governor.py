@@ -17,9 +17,8 @@ from shoestring.decoding.tune import StepCost
 
 __all__ = ["Governor"]
 
-_REMEMBERED = (
-    7  # steps of a kind: their median says what one takes, as one that the machine kept waiting says nothing
-)
+# Steps of a kind whose median says what one takes: a step that the machine kept waiting says nothing.
+_REMEMBERED = 7
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
 _ALLOWANCE = 0.025  # of the plain steps' time that drafts may lose in the long run
 _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where they lose again and again

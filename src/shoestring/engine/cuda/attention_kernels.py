@@ -115,7 +115,8 @@ def _merge(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for split in tl.range(0, used, loop_unroll_factor=4):  # so that their loads are under way together
+    # Four at a time, so that their loads are under way together.
+    for split in tl.range(0, used, loop_unroll_factor=4):
         # ".cg": other programs wrote them; L1 may not know.
         sum2 = tl.load(sums + share + split, mask=valid, other=float("-inf"), cache_modifier=".cg")
         part = tl.load(

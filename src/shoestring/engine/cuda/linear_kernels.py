@@ -338,9 +338,8 @@ def few_rows_kernel(
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             squares = tl.zeros((BLOCK_M,), tl.float32)
-            for share in tl.range(
-                0, SPLIT_K, loop_unroll_factor=4
-            ):  # so that their loads are under way together
+            # Four at a time, so that their loads are under way together.
+            for share in tl.range(0, SPLIT_K, loop_unroll_factor=4):
                 sums += tl.load(base + share * SHARE + cell, cache_modifier=".cg")
                 if GATED:
                     other += tl.load(base + share * SHARE + SIZE + cell, cache_modifier=".cg")
