@@ -135,7 +135,9 @@ def _native() -> Iterator[Finding]:
         if compiler is None
         else "pip install --verbose --force-reinstall --no-deps shoestring shows the build"
     )
-    yield Finding("native step", False, f"not built ({why}); PyTorch does their work", remedy)
+    yield Finding(
+        "native step", False, f"not built ({why}); PyTorch does its work, and Python plans drafts", remedy
+    )
 
 
 def _accelerators() -> Iterator[Finding]:
