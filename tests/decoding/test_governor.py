@@ -22,7 +22,7 @@ def run(steps, plain, drafting, accepted, sequences=1, chance=None, **options):
     governor = Governor(clock=clock, **options)
     drafted = []
     for step in range(steps):
-        verdicts = {governor.drafts() for _ in range(sequences)}
+        verdicts = {governor.drafts(sequences) for _ in range(sequences)}
         assert len(verdicts) == 1, "sequences of one step must agree"
         drafts = verdicts.pop()
         drafted.append(drafts)
@@ -114,6 +114,53 @@ def test_one_slow_step_is_no_verdict():
 def test_sequences_share_the_verdict():
     drafted = run(100, plain=2.0, drafting=5.0, accepted=lambda step: 2, sequences=4)
     assert sum(drafted) < 40
+
+
+def test_accounts_are_kept_by_the_number_of_sequences():
+    """Eight sequences end one after another; drafts pay where four or fewer are left."""
+    clock, drafted = Clock(), {}
+    governor = Governor(clock=clock)
+    for sequences in range(8, 0, -1):
+        drafted[sequences] = 0
+        for _ in range(60):
+            verdicts = {governor.drafts(sequences) for _ in range(sequences)}
+            assert len(verdicts) == 1
+            drafts = verdicts.pop()
+            drafted[sequences] += drafts
+            plain = 1.0 + 0.1 * sequences
+            clock.now += plain * ((1.5 if sequences < 5 else 2.6) if drafts else 1.0)
+            for _ in range(sequences):
+                governor.ends(2 if drafts else 1)
+    assert all(drafted[sequences] < 20 for sequences in range(5, 9))
+    assert all(drafted[sequences] > 50 for sequences in range(1, 5))
+
+
+def test_a_step_in_which_a_sequence_ends_or_reads_its_prompt():
+    clock = Clock()
+    governor = Governor(clock=clock)
+    for step in range(60):
+        asks, tells = (2, 1) if step % 4 == 3 else (1, 1) if step % 4 == 1 else (2, 2)
+        drafts = next(iter({governor.drafts(2) for _ in range(asks)}))
+        # Two tokens a draft for the time of 1.5 steps; with one sequence at its prompt the step is slow and says nothing.
+        clock.now += 40.0 if asks == 1 else 1.5 if drafts else 1.0
+        for _ in range(tells):
+            governor.ends(2 if drafts else 1, rows=4 if drafts else 1)
+    assert governor.drafts(2), "a share is of those that tell"
+
+
+def test_time_between_texts_is_no_steps():
+    clock = Clock()
+    governor = Governor(clock=clock)
+    for _ in range(20):
+        governor.begins()
+        for step in range(8):
+            drafts = governor.drafts()
+            clock.now += 1.4 if drafts else 1.0
+            if step < 7:  # the last step of a text is not told
+                governor.ends(2 if drafts else 1)
+        clock.now += 1000.0
+    governor.begins()
+    assert governor.drafts()
 
 
 def test_a_step_that_reads_a_prompt_does_not_count():

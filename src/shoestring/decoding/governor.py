@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from shoestring.decoding.tune import StepCost
 
@@ -25,8 +26,26 @@ _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
+@dataclass
+class _Account:
+    """What plain and drafting steps of so many sequences took, and what drafts have won there."""
+
+    resting: int
+    """Plain steps that are still to come before drafts are tried."""
+    owed: int = 0
+    """Those of them that make up for what drafts have lost."""
+    balance: float = 0.0
+    """What drafts have won, in plain steps."""
+    patience: int = 1
+    since_plain: int = 0
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    drafting: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+
+
 class Governor:
     """Times the steps of a model's sequences, which share one step, and says whether the next one should draft.
+
+    Accounts are kept by the number of sequences: a step of eight says nothing of a step of one.
 
     Args:
         limit: what drafts may lose before they rest, in plain steps.
@@ -44,20 +63,17 @@ class Governor:
         refresh: int = 32,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._limit, self._credit, self._refresh, self._clock = limit, credit, refresh, clock
+        self._limit, self._credit, self._first, self._refresh = limit, credit, first, refresh
+        self._clock = clock
         self.cost: StepCost | None = None
         self._measured: StepCost | None = None
-        self._corrections: list[
-            float | None
-        ] = []  # factors of the measured seconds, None where no step was seen
+        # Factors of the measured seconds, None where no step was seen.
+        self._corrections: list[float | None] = []
         self._began: float | None = None  # the step that is under way
         self._ended = 0.0
-        self._drafted, self._tokens, self._rows, self._counts, self._sequences = False, 0, 0, True, 0
-        self._plain: deque[float] = deque(maxlen=_REMEMBERED)
-        self._drafting: deque[float] = deque(maxlen=_REMEMBERED)
-        self._balance = 0.0  # what drafts have won, in plain steps
-        self._patience = 1
-        self._resting, self._owed, self._since_plain = first, 0, 0
+        self._drafted, self._counts, self._sequences = False, True, 1
+        self._asked = self._told = self._tokens = self._rows = 0
+        self._accounts: dict[int, _Account] = {}
 
     def calibrate(self, measured: StepCost) -> StepCost:
         """The measured cost of a step as steps have corrected it so far."""
@@ -69,58 +85,68 @@ class Governor:
 
     def begins(self) -> None:
         """A text begins: it may repeat itself where the last one did not."""
-        self._patience, self._resting = 1, min(self._resting, max(self._owed, 1))
+        self._finish()
+        self._began = None  # what passed since the last step is no step's time
+        for account in self._accounts.values():
+            account.patience, account.resting = 1, min(account.resting, max(account.owed, 1))
 
-    def drafts(self) -> bool:
-        """Whether the step that begins now should draft. Called by every sequence that takes part in it."""
-        if self._began is None or self._tokens:
+    def drafts(self, sequences: int = 1) -> bool:
+        """Whether the step that begins now should draft. Called by each of the sequences that take part in it."""
+        if self._began is None or self._told:
             self._finish()
-            self._began, self._tokens, self._rows, self._counts, self._sequences = (
-                self._clock(),
-                0,
-                0,
-                True,
-                0,
-            )
-            self._drafted = self._resting <= 0
-        self._sequences += 1
+            self._began, self._sequences, self._counts = self._clock(), sequences, True
+            self._asked = self._told = self._tokens = self._rows = 0
+            self._drafted = self._account.resting <= 0
+        self._asked += 1
         return self._drafted
 
     def ends(self, tokens: int, rows: int = 1, counts: bool = True) -> None:
         """The step took so many rows of one sequence and emitted tokens; one that also read a prompt does not count."""
+        self._told += 1
         self._tokens += tokens
         self._rows += rows
         self._ended = self._clock()
         self._counts = self._counts and counts
 
+    @property
+    def _account(self) -> _Account:
+        """That of the present number of sequences; one plain step begins it, and more where nothing has run yet."""
+        first = 1 if self._accounts else self._first
+        return self._accounts.setdefault(self._sequences, _Account(first))
+
     def _finish(self) -> None:
         """Judge the step that is over."""
-        if self._began is None or not self._counts:
-            return
-        seconds, share = self._ended - self._began, self._tokens / max(1, self._sequences)
+        if self._began is None or not self._told or not self._counts or self._asked < self._sequences:
+            return  # nothing was told, or some of its sequences read their prompts
+        # A sequence that has ended tells nothing of its last step.
+        seconds, share, account = self._ended - self._began, self._tokens / self._told, self._account
         if not self._drafted:
-            self._plain.append(seconds)
-            self._correct(self._rows, statistics.median(self._plain))
-            self._resting, self._owed, self._since_plain = self._resting - 1, max(0, self._owed - 1), 0
+            account.plain.append(seconds)
+            self._correct(self._rows, statistics.median(account.plain))
+            account.resting, account.owed, account.since_plain = (
+                account.resting - 1,
+                max(0, account.owed - 1),
+                0,
+            )
             return
-        if self._rows > self._sequences:
+        if self._rows > self._told:
             self._correct(self._rows, seconds)
-        self._since_plain += 1
-        if self._since_plain >= self._refresh:
-            self._resting = 1
-        plain = statistics.median(self._plain) if self._plain else 0.0
+        account.since_plain += 1
+        if account.since_plain >= self._refresh:
+            account.resting = 1
+        plain = statistics.median(account.plain) if account.plain else 0.0
         if plain <= 0:
             return
-        self._drafting.append(seconds)
-        won = share - statistics.median(self._drafting) / plain
-        self._balance = min(self._credit, self._balance + won)
-        if self._balance >= self._credit / 2:
-            self._patience = 1
-        if self._balance < -self._limit:
-            self._owed = math.ceil(-self._balance / _ALLOWANCE)
-            self._resting = self._patience * self._owed
-            self._patience = min(2 * self._patience, _MOST_PATIENCE)
-            self._balance = 0.0
+        account.drafting.append(seconds)
+        won = share - statistics.median(account.drafting) / plain
+        account.balance = min(self._credit, account.balance + won)
+        if account.balance >= self._credit / 2:
+            account.patience = 1
+        if account.balance < -self._limit:
+            account.owed = math.ceil(-account.balance / _ALLOWANCE)
+            account.resting = account.patience * account.owed
+            account.patience = min(2 * account.patience, _MOST_PATIENCE)
+            account.balance = 0.0
 
     def _correct(self, rows: int, seconds: float) -> None:
         """Let the time of a step of `rows` rows correct the measured cost."""

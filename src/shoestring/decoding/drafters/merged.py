@@ -73,7 +73,7 @@ class MergedDrafter:
 
     def propose(self, context: Context, budget: int) -> Draft:
         """Grow the trie node by node in order of chance, then cut it where expected tokens/s is highest."""
-        if self._governor is not None and not self._governor.drafts():
+        if self._governor is not None and not self._governor.drafts(context.batch):
             return Draft()
         guesses = self._guesses
         guesses.extend(context.tokens[len(guesses) :])
