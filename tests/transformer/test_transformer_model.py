@@ -89,9 +89,12 @@ def test_one_matrix_embeds_and_predicts_and_survives_saving(model, batch, tmp_pa
     model.save_pretrained(tmp_path)
     again = Transformer.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert again.encoder.embedding.weight is again.decoder.embedding.weight is again.shared.weight
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
     ids, mask = batch
+    # Loaded weights lie at other addresses, to which some processors' products are not indifferent.
     torch.testing.assert_close(
-        again(ids, mask, labels=ids).logits, model(ids, mask, labels=ids).logits, rtol=0, atol=0
+        again(ids, mask, labels=ids).logits, model(ids, mask, labels=ids).logits, rtol=0, atol=1e-12
     )
 
 
