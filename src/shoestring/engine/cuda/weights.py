@@ -17,11 +17,9 @@ from torch import Tensor
 from shoestring.errors import RequestError
 from shoestring.quantization import WeightMatrix, WeightType, check_quantize
 from shoestring.quantization.grids import GROUP, blocks_on_grid
+from shoestring.quantization.packing import unpack_grid
 
 __all__ = ["GROUP", "DeviceWeight", "join_weights", "pack_weight", "weight_of_tiles"]
-
-_TILE = 16
-"""Outputs that a tile of the CPU's interleaves."""
 
 _CHUNK = 1 << 22
 """Weights that are quantised at a time."""
@@ -108,19 +106,11 @@ def weight_of_tiles(
         raise RequestError(
             f"weights of type {matrix.type.name} have no layout for the GPU: int8 or int4 tiles"
         )
-    outputs, inputs, groups = matrix.rows, matrix.cols, matrix.cols // GROUP
-    levels_bytes = 512 if matrix.type == WeightType.INT8_TILES else 256
-    halves = 1 if matrix.type == WeightType.INT8_TILES else 2
-    data = torch.frombuffer(bytearray(matrix.data), dtype=torch.uint8).view(
-        -1, groups, levels_bytes + 2 * _TILE * halves
-    )
-    words = data[:, :, :levels_bytes].unflatten(2, (-1, _TILE, 4))  # [tiles, groups, bytes / 4, 16, 4]
-    levels = words.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)[:outputs].to(device)
-    scales = data[:, :, levels_bytes:].contiguous().view(torch.float16).unflatten(2, (halves, _TILE))
-    scales = scales.permute(2, 0, 3, 1).flatten(1, 2)[:, :outputs].to(device)  # [1 or 2, N, groups]
-    if halves == 1:
-        return _int8((levels ^ 128).contiguous().view(torch.int8), scales[0], inputs, dtype)
-    return _int4(torch.cat([levels & 15, levels >> 4], 2), scales[0], scales[1], inputs, dtype)
+    grid = unpack_grid(matrix)
+    levels, scales = grid.levels.unflatten(1, (-1, GROUP)).to(device), grid.scales.to(device)
+    if grid.minima is None:
+        return _int8(levels, scales, matrix.cols, dtype)
+    return _int4(levels, scales, grid.minima.to(device), matrix.cols, dtype)
 
 
 def join_weights(parts: Sequence[DeviceWeight]) -> DeviceWeight:
