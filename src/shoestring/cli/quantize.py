@@ -33,7 +33,7 @@ def quantize(
     device: Annotated[str, typer.Option(help="Where GPTQ computes: auto, cpu, cuda, cuda:N.")] = "auto",
     json: opt.Json = False,
 ) -> None:
-    """Write a model's folder with int8 or int4 weights, which every command loads.
+    """Write a model's folder with int8 or int4 weights, which generate, chat and compare run.
 
     Example: shoestring quantize smollm2-135m --quantize int4 --calibrate notes.txt --output smollm2-int4
     """
