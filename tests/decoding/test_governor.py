@@ -43,9 +43,9 @@ def test_winning_drafts_go_on_but_for_a_look_at_the_plain_step():
 
 def test_losing_drafts_rest_longer_and_longer():
     drafted = run(2000, plain=1.0, drafting=1.5, accepted=lambda step: 1)
-    assert sum(drafted[:100]) == 9, "until more than four plain steps' time is lost"
+    assert sum(drafted[:100]) == 13, "until more than six plain steps' time is lost"
     lengths = [len(rest) for rest in "".join("d" if one else "." for one in drafted[4:]).split("d") if rest]
-    assert lengths[0] >= 160, "what was lost is a fortieth of so many"
+    assert lengths[0] >= 240, "what was lost is a fortieth of so many"
     assert lengths[1] == 2 * lengths[0]
 
 

@@ -57,7 +57,7 @@ class Governor:
 
     def __init__(
         self,
-        limit: float = 4.0,
+        limit: float = 6.0,
         credit: float = 12.0,
         first: int = 4,
         refresh: int = 32,
