@@ -97,6 +97,22 @@ def test_what_losing_drafts_cost_is_bounded_however_dear_they_are(drafting, acce
     assert steps == 3000
 
 
+def test_wide_drafts_among_narrow_ones_are_not_overlooked():
+    """Two of three steps draft next to nothing, the third is wide and loses: the median says nothing of it."""
+    drafted = run(300, plain=1.0, drafting=1.0, accepted=lambda step: 1)
+    assert sum(drafted) > 280
+    clock = Clock()
+    governor = Governor(clock=clock)
+    lost = 0.0
+    for step in range(300):
+        drafts = governor.drafts()
+        seconds = (2.5 if step % 3 == 0 else 1.0) if drafts else 1.0
+        lost += seconds - 1
+        clock.now += seconds
+        governor.ends(1)
+    assert 6 < lost < 8
+
+
 def test_one_slow_step_is_no_verdict():
     drafted = run(200, plain=1.0, drafting=1.3, accepted=lambda step: 2)
     hiccup = drafted.index(True) + 20

@@ -18,8 +18,9 @@ from shoestring.decoding.tune import StepCost
 
 __all__ = ["Governor"]
 
-# Steps of a kind whose median says what one takes: a step that the machine kept waiting says nothing.
+# Steps of a kind whose median says what one takes, or what is too much: a step that the machine kept waiting says nothing.
 _REMEMBERED = 7
+_OUTLIER = 3  # times the median of drafting steps: more says something of the machine
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
 _ALLOWANCE = 0.025  # of the plain steps' time that drafts may lose in the long run
 _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where they lose again and again
@@ -138,7 +139,9 @@ class Governor:
         if plain <= 0:
             return
         account.drafting.append(seconds)
-        won = share - statistics.median(account.drafting) / plain
+        # Drafts differ in rows, so that their median would hide what the wide ones take.
+        took = min(seconds, _OUTLIER * statistics.median(account.drafting))
+        won = share - took / plain
         account.balance = min(self._credit, account.balance + won)
         if account.balance >= self._credit / 2:
             account.patience = 1
