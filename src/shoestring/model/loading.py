@@ -172,7 +172,7 @@ class _Loading:
         if reason is not None:
             raise UnsupportedModelError(reason)
         if self.adapter is None:
-            source = hub.open_source(
+            source = self.quantized or hub.open_source(
                 self.model,
                 revision=self.revision,
                 dtype=self.dtype,

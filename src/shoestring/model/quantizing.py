@@ -23,6 +23,7 @@ from shoestring.quantization import (
     copy_beside,
     pack,
     pack_grid,
+    require_new,
     weight_type_for,
     write_quantized,
 )
@@ -76,8 +77,7 @@ def quantize_model(
     if check_quantize(quantize) is None:
         raise RequestError("quantize None leaves nothing to do: int8 or int4")
     target = Path(output).expanduser()
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise RequestError(f"{target} is there already: name a folder that is not")
+    require_new(target)  # before the work, and again when it is written
     source = hub.open_source(model, revision=revision, dtype="auto", quantize=quantize, progress=progress)
     if source.quantized:
         raise RequestError(f"{model} is quantised already: name the model that it was made from")

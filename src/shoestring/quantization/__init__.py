@@ -10,6 +10,7 @@ from shoestring.quantization.quantized_folder import (
     describe_quantized,
     quantized_matrices,
     quantized_rows,
+    require_new,
     write_quantized,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "packed_matrices",
     "quantized_matrices",
     "quantized_rows",
+    "require_new",
     "round_to_nearest",
     "rounded",
     "unpack",

@@ -19,7 +19,14 @@ from shoestring.quantization.formats import QUANTIZE, WeightMatrix, WeightType, 
 from shoestring.quantization.packed_folder import MANIFEST, open_packed, write_packed
 from shoestring.quantization.packing import unpack_rows, weight_type_for
 
-__all__ = ["copy_beside", "describe_quantized", "quantized_matrices", "quantized_rows", "write_quantized"]
+__all__ = [
+    "copy_beside",
+    "describe_quantized",
+    "quantized_matrices",
+    "quantized_rows",
+    "require_new",
+    "write_quantized",
+]
 
 _OWN = (WeightType.F32, WeightType.BF16_TILES, WeightType.INT8_TILES, WeightType.INT4_TILES)
 
@@ -45,8 +52,7 @@ def write_quantized(
     Raises:
         RequestError: something lies at `target`.
     """
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise RequestError(f"{target} is there already: name a folder that is not")
+    require_new(target)
     kinds = {name: weight_type_for(name, shape, quantize) for name, shape in shapes.items()}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +64,12 @@ def write_quantized(
     except OSError as error:
         raise RequestError(f"{target} cannot be written: {error.strerror or error}") from error
     return target
+
+
+def require_new(target: Path) -> None:
+    """Raise RequestError where something lies at `target` already."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise RequestError(f"{target} is there already: name a folder that is not")
 
 
 def describe_quantized(folder: Path) -> Mapping[str, Any]:

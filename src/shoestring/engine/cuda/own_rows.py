@@ -34,19 +34,14 @@ class OwnRows:
         if not wanted:
             return {}
         keys = {slot: [_identity(vector) for vector in vectors] for slot, vectors in wanted.items()}
-        new = {
+        every = {
             key: vector
             for slot, vectors in wanted.items()
             for key, vector in zip(keys[slot], vectors, strict=True)
-            if key not in self._places
         }
+        new = {key: vector for key, vector in every.items() if key not in self._places}
         if len(self._places) + len(new) > len(self._buffer):  # make room: what this step needs comes anew
-            self._places, self._kept = {}, []
-            new = {
-                key: vector
-                for slot, vectors in wanted.items()
-                for key, vector in zip(keys[slot], vectors, strict=True)
-            }
+            self._places, self._kept, new = {}, [], every
         if new:
             first = len(self._places)
             self._buffer[first : first + len(new)] = torch.stack(
