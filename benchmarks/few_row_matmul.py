@@ -258,8 +258,10 @@ def cases(
                     yield model, kind, rows, name, Case(model, name, kind, rows, workspace)
 
 
-def wanted(problem: Problem, field: str | None) -> list[LaunchConfig]:
-    return [one for one in candidates(problem) if field is None or getattr(one, field)]
+def wanted(case: Case, only: str | None) -> list[LaunchConfig]:
+    """The candidates, or those of one kernel; where there is no norm to fuse, each once."""
+    found = [one for one in candidates(case.problem) if only in (None, one.kernel)]
+    return found if case.normed else [replace(one, fuse_norm=True) for one in found]
 
 
 def tune(options: Any, workspace: LinearWorkspace, base: Tuning) -> Tuning:
@@ -270,7 +272,7 @@ def tune(options: Any, workspace: LinearWorkspace, base: Tuning) -> Tuning:
     for model in options.models:  # one model's copies at a time
         problems = {case.problem.key: case for *_, case in cases(options, [model], workspace)}
         choices = {
-            key: list(dict.fromkeys([base.config(case.problem), *wanted(case.problem, options.tune_only)]))
+            key: list(dict.fromkeys([base.config(case.problem), *wanted(case, options.tune_only)]))
             for key, case in problems.items()
         }
         with background():

@@ -118,26 +118,24 @@ def test_written_out_weights(workspace, quantize, inputs):
     assert_near(out, x, *weights, norm=norm, activation="silu")
 
 
-@pytest.mark.parametrize(("inputs", "fuse_norm"), [(232, True), (256, True), (160, False)])
-def test_all_inputs_at_once(workspace, inputs, fuse_norm):
+@pytest.mark.parametrize(("inputs", "slices", "fuse_norm"), [(224, 4, True), (256, 2, True), (160, 8, False)])
+def test_all_inputs_at_once(workspace, inputs, slices, fuse_norm):
     x, norm = random(18, inputs), RowNorm(random(inputs, seed=1))
     weights = [pack_weight(random(40, inputs, seed=seed)) for seed in (0, 1)]
-    config = LaunchConfig("few_rows", 16, 256, 16, stages=1, fuse_norm=fuse_norm, ahead=True)
-    residual = random(18, 40, seed=3)
+    config = LaunchConfig("whole_rows", 16, 256, 16, warps=2, fuse_norm=fuse_norm, slices=slices)
+    residual, bias = random(18, 40, seed=3), random(40, seed=2)
     out = residual.clone()
-    (*_, launch) = launches(x, weights[0], None, out, norm, workspace=workspace, config=config)
-    assert launch.constants["AHEAD"]
-    linear(x, weights[0], out, norm=norm, residual=out, workspace=workspace, config=config)
-    assert_near(out, x, weights[0], norm=norm, residual=residual)
+    extras = {"norm": norm, "bias": bias}
+    linear(x, weights[0], out, residual=out, workspace=workspace, config=config, **extras)
+    assert_near(out, x, weights[0], residual=residual, **extras)
     gated_linear(x, *weights, out, norm=norm, workspace=workspace, config=config)
     assert_near(out, x, *weights, norm=norm, activation="silu")
-    # Where there are more inputs, or integers, it goes the ordinary way.
-    for other in (replace(config, block_k=128), replace(config, split_k=2)):
-        (*_, launch) = launches(x, weights[0], None, out, norm, workspace=workspace, config=other)
-        assert not launch.constants["AHEAD"]
-    packed = pack_weight(random(40, 256), "int4")
-    linear(random(18, 256), packed, out, workspace=workspace, config=config)
-    assert_near(out, random(18, 256), packed)
+    for refused, other in (
+        (weights[0], replace(config, block_k=128)),
+        (pack_weight(random(40, inputs), "int4"), config),
+    ):
+        with pytest.raises(RequestError, match="dense inputs was chosen for"):
+            linear(x, refused, out, workspace=workspace, config=other)
 
 
 @pytest.mark.parametrize("split_k", [1, 3])
@@ -223,7 +221,7 @@ def test_heuristics_are_launchable(kind):
             assert choices[0] == heuristic(problem)
             assert len(set(choices)) == len(choices) <= 160
             for config in choices:
-                assert config.kernel == "few_rows" or rows == 1
+                assert config.kernel in ("few_rows", "whole_rows") or rows == 1
                 for size in (config.block_n, config.block_k, config.warps):
                     assert size & (size - 1) == 0 < size
                 assert config.block_k >= (64 if problem.quantised else 16)
@@ -243,8 +241,8 @@ def test_winners_are_kept_in_a_file(tmp_path):
     assert read.capability is None
     Tuning({replace(problem, rows=16).key: winner}).write(tmp_path / "sixteen.json")
     sixteen = Tuning.read(tmp_path / "sixteen.json")
-    assert [sixteen.config(replace(problem, rows=rows)) == winner for rows in (1, 2, 8, 16, 17)] == [
-        False, True, True, True, False,
+    assert [sixteen.config(replace(problem, rows=rows)) == winner for rows in (1, 2, 8, 16, 17, 256)] == [
+        False, True, True, True, False, False,
     ]  # fmt: skip
     text = (tmp_path / "gpu.json").read_text().replace('"lines"', '"line"')
     (tmp_path / "gpu.json").write_text(text)

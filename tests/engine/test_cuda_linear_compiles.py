@@ -40,20 +40,24 @@ def check(shape, rows, kind, pdl=False):
             assert "ld.global.L1::evict_first.L2::cache_hint.v4.b32" in made.ptx
             assert "ld.global.b16" not in made.ptx
 
-def check_ahead(shape, rows, config):
-    # The weights are asked for before the wait.
-    problem = Problem(*shape, rows, "bfloat16", shape == SMOLLM2["gate"])
-    made = compile_problem(problem, norm=True, pdl=True, config=config)[-1]
+def check_whole_rows(shape, rows, config):
+    # The weights are asked for before the wait, and each warp multiplies slices of its own.
+    gated = shape == SMOLLM2["gate"]
+    problem = Problem(*shape, rows, "bfloat16", gated)
+    made = compile_problem(problem, norm=gated, residual=not gated, pdl=True, config=config)[-1]
     print(problem.key, config, made.registers, "registers", made.spilled, "spilled", made.shared, "shared", flush=True)
-    assert made.launch.constants["AHEAD"]
+    assert made.launch.kernel.__name__ == "whole_rows_kernel"
     assert made.shared <= SHARED_MEMORY
     assert not made.spilled, made.spilled
     before, after = made.ptx.split("griddepcontrol.wait")
-    assert before.count("ld.global") >= 4
-    assert "mma" in after and "mma" not in before
+    loads = config.block_n * config.block_k * (2 if gated else 1) // (config.warps * 32 * 8)
+    assert before.count("ld.global.L1::evict_first.L2::cache_hint.v4.b32") == loads
+    sums = config.block_n // 16 * config.block_m // 8 * (2 if gated else 1)
+    assert after.count("mma.sync") == config.block_k // 16 // config.warps * sums and "mma" not in before
 
 if sys.argv[1] == "few":
-    check_ahead(SMOLLM2["gate"], 16, LaunchConfig("few_rows", 16, 1024, 16, 1, 4, 1, fuse_norm=False, ahead=True))
+    check_whole_rows(SMOLLM2["gate"], 16, LaunchConfig("whole_rows", 16, 1024, 8, warps=8, slices=16))
+    check_whole_rows(SMOLLM2["down"], 16, LaunchConfig("whole_rows", 16, 2048, 16, warps=16, slices=64))
     check(SMOLLM2["qkv"], 1, "bfloat16", pdl=True)
     check(SMOLLM2["down"], 64, "bfloat16")
     check(SEVEN["gate"], 16, "bfloat16", pdl=True)

@@ -79,7 +79,7 @@ class AttentionPlan:
         plan = {
             "block_rows": block_rows,
             "block_keys": (32 if block_rows * head_dim <= 2048 else 16) if wide else 64,
-            "warps": 8 if wide or block_rows >= 128 or head_dim > 128 else 4,
+            "warps": 8 if wide or block_rows * head_dim >= 8192 or head_dim > 128 else 4,
             # With two stages Triton loads a block only when the one before it is done with.
             "stages": (1 if wide else 2) if head_dim > 128 else (2 if wide or block_rows > 64 else 3),
         } | settings

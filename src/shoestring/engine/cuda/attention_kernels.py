@@ -44,17 +44,23 @@ def _shares(n, row, last, chain, window, splits, min_blocks, BLOCK_N: tl.constex
 
 
 @triton.jit
-def _load_block(
-    base, layer, head, heads, key, limit, d, D: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
-    TAIL: tl.constexpr,
+def _load_keys(
+    pages, layer, head, heads, start, key, some, wanted, d, D: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [N, D] at the offsets `key` of a block; in a tail zeros from `limit` on, where none are."""
+    """Keys and values [N, D] at the positions `key` from `start` on, where there are some; MASKED: zeros where not wanted."""
+    if key.shape[0] <= _PAGE:
+        base = tl.load(pages + start // _PAGE, mask=some, other=0)
+    elif MASKED:
+        base = tl.load(pages + key // _PAGE, mask=wanted, other=0)
+    else:
+        base = tl.load(pages + key // _PAGE)
     block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
     offset = tl.multiple_of((layer * 2 * heads + head) * (_PAGE * D), _PAGE)
-    at = block + offset + key[:, None] * D + d[None, :]
+    at = (block + key % _PAGE * D)[:, None] + (offset + d)[None, :]
     stride = tl.multiple_of(heads * (_PAGE * D), _PAGE)
-    if TAIL:
-        mask = (key < limit)[:, None] & (d < D)[None, :]
+    if MASKED:
+        mask = wanted[:, None] & (d < D)[None, :]
         return tl.load(at, mask=mask, other=0.0), tl.load(at + stride, mask=mask, other=0.0)
     if D < BLOCK_D:
         mask = (d < D)[None, :]
@@ -63,13 +69,32 @@ def _load_block(
 
 
 @triton.jit
-def _ancestor_words(bits, valid, own, first):
-    """The words [M, N] that hold the bits of the tree's rows `own`: a block of keys touches three of them at most."""
-    low = tl.load(bits + first, mask=valid & (first < 8), other=0)
-    middle = tl.load(bits + first + 1, mask=valid & (first < 7), other=0)
-    high = tl.load(bits + first + 2, mask=valid & (first < 6), other=0)
-    which = (own // 32 - first)[None, :]
-    return tl.where(which == 0, low[:, None], tl.where(which == 1, middle[:, None], high[:, None]))
+def _visible(
+    key, n, count, chain, row, valid, bits, position, oldest, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """Which keys [N] the rows [M] see: the cache, their own ancestors and themselves, none before the window.
+
+    Args:
+        bits: where each row's ancestors lie, 256 bits.
+        position: the positions of the tree's rows.
+        oldest: the position behind which a row's window begins.
+    """
+    own = key - n
+    in_tree = (own >= 0) & (own < count)
+    # A block of keys touches so many of the eight words at most.
+    MOST: tl.constexpr = min(8, BLOCK_N // 32 + 1) if BLOCK_N >= 32 else 2
+    first = tl.maximum(tl.min(own, 0), 0) // 32
+    words = tl.zeros([row.shape[0], BLOCK_N], tl.int32)
+    for word in tl.static_range(MOST):
+        found = tl.load(bits + first + word, mask=valid & ~chain & (first + word < 8), other=0)
+        words = tl.where((own // 32 == first + word)[None, :], found[:, None], words)
+    visible = (((words >> (own & 31)[None, :]) & 1) != 0) & (in_tree & ~chain)[None, :]
+    visible = visible | (own < 0)[None, :] | (chain & in_tree[None, :] & (own[None, :] <= row[:, None]))
+    if HAS_WINDOW:
+        at_position = tl.load(position + own, mask=in_tree & ~chain, other=0)
+        at_position = tl.where(in_tree & ~chain, at_position, key)
+        visible = visible & (oldest[:, None] < at_position[None, :])
+    return visible
 
 
 @triton.jit
@@ -168,14 +193,28 @@ def attention_kernel(
         oldest = tl.load(position + step_row, mask=valid, other=0) - window
     else:
         oldest = row
+    begin += split * share
+    end = tl.minimum(begin + share, end)
+    idle = (slot >= slots) | (split >= used)
+    offsets = tl.arange(0, BLOCK_N)
+    bits, own_position = ancestors + step_row * 8, position + first
+    # Before the wait is the layout, which is as old as the step, and the first block's keys that are older.
+    start = begin * BLOCK_N
+    key = start + offsets
+    visible = _visible(
+        key, n, count, chain, row, valid & ~idle, bits, own_position, oldest, BLOCK_N, HAS_WINDOW
+    )
+    k, v = _load_keys(
+        pages, layer, head, heads, start, key, ~idle, (key < n) & ~idle, d, D, BLOCK_D, CACHE, True
+    )
     if PDL:
-        gdc_wait()  # all before is the layout, which is as old as the step
+        gdc_wait()
     if split == 0:
         for padded in range(all_rows + tile, rows, tl.num_programs(0)):
             at = out + tl.cast(padded, tl.int64) * out_stride + query_head[:, None] * D + d[None, :]
             zeros = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
             tl.store(at, zeros, mask=(m < GROUP)[:, None] & (d < D)[None, :])
-    if slot >= slots or split >= used:
+    if idle:
         return
     inside = valid[:, None] & (d[None, :] < D)
     at = query + step_row[:, None].to(tl.int64) * query_stride + query_head[:, None] * D + d[None, :]
@@ -184,38 +223,36 @@ def attention_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin += split * share
-    end = tl.minimum(begin + share, end)
+    if (begin + 1) * BLOCK_N > n:
+        own = (key >= n) & (key < n + count)
+        new_k, new_v = _load_keys(
+            pages, layer, head, heads, start, key, True, own, d, D, BLOCK_D, CACHE, True
+        )
+        k, v = tl.where(own[:, None], new_k, k), tl.where(own[:, None], new_v, v)
+    top, total, acc = _attend(
+        q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True
+    )
     # Below `plain` all rows see all keys (but for the window): the cache, row 0 and, in a chain, the rows before the tile.
     plain = (n + 1 + tl.where(chain, tile_row, 0)) // BLOCK_N
-    plain = tl.minimum(tl.maximum(plain, begin), end)
-    offsets = tl.arange(0, BLOCK_N)
-    for block in range(begin, plain):
-        key = block * BLOCK_N
-        base = tl.load(pages + key // _PAGE)
-        k, v = _load_block(base, layer, head, heads, key % _PAGE + offsets, 0, d, D, BLOCK_D, CACHE, False)
-        visible = oldest[:, None] < (key + offsets)[None, :]
+    plain = tl.minimum(tl.maximum(plain, begin + 1), end)
+    for block in range(begin + 1, plain):
+        start = block * BLOCK_N
+        key = start + offsets
+        k, v = _load_keys(pages, layer, head, heads, start, key, True, key >= 0, d, D, BLOCK_D, CACHE, False)
+        visible = oldest[:, None] < key[None, :]
         top, total, acc = _attend(
             q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, HAS_WINDOW
-        )  # fmt: skip
+        )
     for block in range(plain, end):
-        key = block * BLOCK_N
-        base = tl.load(pages + key // _PAGE)
-        inner = key % _PAGE
-        limit = n + count - key + inner
-        k, v = _load_block(base, layer, head, heads, inner + offsets, limit, d, D, BLOCK_D, CACHE, True)
-        own = key + offsets - n
-        branching = (own >= 0) & (own < count) & ~chain
-        words = _ancestor_words(ancestors + step_row * 8, valid & ~chain, own, tl.maximum(key - n, 0) // 32)
-        visible = (((words >> (own & 31)[None, :]) & 1) != 0) & branching[None, :]
-        visible = visible | (own < 0)[None, :] | (chain & (own[None, :] <= row[:, None]))
-        if HAS_WINDOW:
-            at_position = tl.load(position + first + own, mask=branching, other=0)
-            at_position = tl.where(branching, at_position, key + offsets)
-            visible = visible & (oldest[:, None] < at_position[None, :])
+        start = block * BLOCK_N
+        key = start + offsets
+        k, v = _load_keys(
+            pages, layer, head, heads, start, key, True, key < n + count, d, D, BLOCK_D, CACHE, True
+        )
+        visible = _visible(key, n, count, chain, row, valid, bits, own_position, oldest, BLOCK_N, HAS_WINDOW)
         top, total, acc = _attend(
             q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True
-        )  # fmt: skip
+        )
 
     total = tl.where(total > 0, total, 1.0)
     acc = acc / total[:, None]

@@ -20,6 +20,7 @@ from shoestring.engine.cuda.linear_kernels import few_rows_kernel
 from shoestring.engine.cuda.one_row_kernels import dequantize_kernel, norm_kernel, one_row_kernel
 from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Problem, Tuning
 from shoestring.engine.cuda.weights import GROUP, DeviceWeight
+from shoestring.engine.cuda.whole_rows_kernel import whole_rows_kernel
 from shoestring.errors import RequestError
 
 __all__ = ["Launch", "LinearWorkspace", "Norm", "gated_linear", "launches", "linear", "linear_twin"]
@@ -255,13 +256,36 @@ def launches(
     strides = (weight.values.stride(0), 0 if weight.scales is None else weight.scales.stride(0))
     epsilon = 0.0 if norm is None else norm.epsilon
     constants: dict[str, Any] = {
-        "K": inputs, "KIND": _BITS[weight.kind], "GATED": up is not None, "HAS_NORM": norm is not None,
+        "K": inputs, "GATED": up is not None, "HAS_NORM": norm is not None,
         "ADDS_ONE": norm is not None and norm.adds_one, "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or "", "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k, "STAGES": config.stages, "LINES": config.lines, "PDL": pdl,
-        "PTX": "" if interpreted or not config.ptx else _PTX.get(weight.dtype, ""),
+        "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or "", "BLOCK_N": config.block_n, "PDL": pdl,
     }  # fmt: skip
     tiles_n = triton.cdiv(weight.outputs, config.block_n)
+    residual_stride = out.stride(0) if residual is None else residual.stride(0)
+    if config.kernel == "whole_rows":
+        if weight.kind != "dense" or inputs > config.block_k:
+            raise RequestError(
+                f"a launch of {config.block_k} dense inputs was chosen for {inputs} of {weight.kind}"
+            )
+        x, first, _, other, _, *rest = tensors
+        yield Launch(
+            whole_rows_kernel,
+            (triton.cdiv(rows, config.block_m), tiles_n),
+            (
+                x, first, other, *rest, rows, weight.outputs, x.stride(0), strides[0], residual_stride, out.stride(0),
+                epsilon,
+            ),
+            {
+                **constants, "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "SLICES": config.slices,
+                "SLICE": config.block_k // config.slices,
+            },
+            config.warps,
+        )  # fmt: skip
+        return
+    constants |= {
+        "KIND": _BITS[weight.kind], "BLOCK_K": config.block_k, "STAGES": config.stages, "LINES": config.lines,
+        "PTX": "" if interpreted or not config.ptx else _PTX.get(weight.dtype, ""),
+    }  # fmt: skip
     if config.kernel == "one_row":
         if rows != 1:
             raise RequestError(f"a one-row launch was chosen for {rows} rows")
@@ -281,7 +305,6 @@ def launches(
     elif tiles * share * config.split_k > len(workspace.shares):
         config = replace(config, split_k=max(1, len(workspace.shares) // (tiles * share)))
     scratch = (out, out) if workspace is None else (workspace.shares, workspace.arrived)
-    residual_stride = out.stride(0) if residual is None else residual.stride(0)
     yield Launch(
         few_rows_kernel,
         (triton.cdiv(rows, config.block_m), tiles_n, config.split_k),
@@ -292,7 +315,6 @@ def launches(
         {
             **constants, "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "SPLIT_K": config.split_k,
             "WRITTEN": config.written and weight.kind != "dense",
-            "AHEAD": config.ahead and weight.kind == "dense" and config.split_k == 1 and config.block_k >= inputs,
         },
         config.warps,
         config.stages,

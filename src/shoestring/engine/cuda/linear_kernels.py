@@ -162,11 +162,12 @@ def _add_written(
 
 
 @triton.jit
-def _finish(
+def finish(
     sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,
     K: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
+    """Write a tile's sums [BLOCK_N, BLOCK_M] with all that belongs to the product."""
     if HAS_NORM:
         factor = tl.rsqrt(squares / K + epsilon)
         sums *= factor[None, :]
@@ -193,7 +194,6 @@ def few_rows_kernel(
     ADDS_ONE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr, WRITTEN: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows, tiles of outputs, SPLIT_K).
 
@@ -205,7 +205,7 @@ def few_rows_kernel(
     """
     EVEN: tl.constexpr = K % BLOCK_K == 0
     TRIPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    EACH: tl.constexpr = 0 if AHEAD else (TRIPS + SPLIT_K - 1) // SPLIT_K
+    EACH: tl.constexpr = (TRIPS + SPLIT_K - 1) // SPLIT_K
     split = tl.program_id(2)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -213,15 +213,10 @@ def few_rows_kernel(
     first_trip = split * EACH
     last_trip = tl.minimum(first_trip + EACH, TRIPS)
     at = own.to(tl.int64)[:, None] * values_stride
-    every = tl.arange(0, BLOCK_K)
     if PDL:
         gdc_launch_dependents()
-    if AHEAD:  # all inputs at once: the weights are on their way while the kernel in front ends
-        ahead = load(first + at + every[None, :], (every < K)[None, :], EVEN, "evict_first")
-        if GATED:
-            ahead_too = load(second + at + every[None, :], (every < K)[None, :], EVEN, "evict_first")
     if PDL:
-        if LINES > 0 and not AHEAD:
+        if LINES > 0:
             WIDTH: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
             ROW: tl.constexpr = (K + 63) // 64 * 32 if KIND == 4 else K * WIDTH
             TRIP: tl.constexpr = BLOCK_K // 2 if KIND == 4 else BLOCK_K * WIDTH
@@ -234,14 +229,6 @@ def few_rows_kernel(
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_K if KIND == 0 else BLOCK_K // 2 if WRITTEN else 32), tl.float32)
-    if AHEAD:
-        whole, squares = _rows_of_x(
-            x, gain, squares, every, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
-        )
-        right = tl.trans(whole)
-        sums = tl.dot(ahead, right, sums, input_precision="ieee")
-        if GATED:
-            other = tl.dot(ahead_too, right, other, input_precision="ieee")
     # Stages named here hold for scales as well; as an option of the launch they would hold for the operands only.
     for trip in tl.range(first_trip, last_trip, num_stages=STAGES):
         if first_tiles is not None:
@@ -315,7 +302,7 @@ def few_rows_kernel(
 
     squares = tl.sum(squares, 1)
     if SPLIT_K == 1:
-        _finish(
+        finish(
             sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,
             K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
@@ -345,7 +332,7 @@ def few_rows_kernel(
                     other += tl.load(base + share * SHARE + SIZE + cell, cache_modifier=".cg")
                 if HAS_NORM:
                     squares += tl.load(base + share * SHARE + column, cache_modifier=".cg")
-            _finish(
+            finish(
                 sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride,
                 epsilon, K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
             )  # fmt: skip

@@ -22,7 +22,7 @@ __all__ = ["MAX_ROWS", "TUNED", "LaunchConfig", "Problem", "Tuning", "candidates
 MAX_ROWS = 256
 """More rows than this are a prefill's, and go to the library's product."""
 
-_BUCKETS = (1, 8, 16, 32, 64, 128, 256)
+_BUCKETS = (1, 8, 16, 24, 32, 64, 128, 256)
 TUNED = Path(__file__).parent / "tuned"
 """Where a machine's winners lie."""
 
@@ -32,7 +32,7 @@ class LaunchConfig:
     """How one product is launched.
 
     Args:
-        kernel: "one_row" (ordinary cores) or "few_rows" (tensor cores).
+        kernel: "one_row" (ordinary cores), "few_rows" (tensor cores) or "whole_rows" (these, all inputs in one trip).
         block_n, block_k, block_m: outputs, inputs and rows of a tile.
         split_k: programs that share a tile's inputs; needs a workspace.
         warps, stages: as Triton has them.
@@ -42,8 +42,7 @@ class LaunchConfig:
         ptx: unpack int4 by hand-written instructions.
         written: round quantised weights to the computing type, and multiply as with dense ones; else a group's integers.
         tma: let Hopper's copy engine bring dense weights and rows that need no norm on the way.
-        ahead: take all inputs at once, and ask for dense weights before the kernel in front has ended (programmatic
-            launch).
+        slices: whole_rows' pieces of the inputs, which warps multiply beside one another.
     """
 
     kernel: str
@@ -59,7 +58,7 @@ class LaunchConfig:
     ptx: bool = True
     written: bool = False
     tma: bool = False
-    ahead: bool = False
+    slices: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,10 @@ class Tuning:
     capability: tuple[int, int] | None = None
 
     def config(self, problem: Problem, processors: int = 132) -> LaunchConfig:
-        """The measured winner, or the heuristic's.
-
-        Tensor cores take 16 rows at least, so fewer ones go as 16 do where only that was measured.
-        """
+        """The measured winner; where there is none, that of the next greater number of rows, or the heuristic's."""
         found = self.configs.get(problem.key)
-        if found is None and 1 < problem.rows <= 8:
-            found = self.configs.get(replace(problem, rows=16).key)
+        if found is None and 1 < problem.rows < _BUCKETS[-1]:
+            found = self.configs.get(replace(problem, rows=problem.bucket + 1).key)
         return found or heuristic(problem, processors)
 
     @classmethod
@@ -301,15 +297,20 @@ def _whole_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
     if problem.quantised or problem.compute == torch.float32 or not 8 <= rows <= 64 or inputs > 2048:
         return []
     block_k = 1 << (inputs - 1).bit_length()
+    heights = (8, 16) if rows <= 32 else (16, 32)
+    norms = (True, False) if rows > 16 else (True,)
     found = []
-    for block_m, block_n, warps in product((8, 16, 32), (16, 32), (4, 8)):
+    for block_m, block_n, warps, slice_, fuse_norm in product(heights, (16, 32), (4, 8, 16), (32, 64), norms):
         tiles = -(-problem.outputs // block_n)
-        held = block_n * block_k * (2 if problem.gated else 1)  # weights that a program's threads hold
-        fits = block_m <= rows and held <= 8192 * warps and tiles <= processors
+        # What a program's threads hold: weights, and the rows twice where a norm is taken on the way.
+        held = block_k * (block_n * (2 if problem.gated else 1) + block_m * (3 if fuse_norm else 1))
+        fits = block_m <= rows and held <= 12288 * warps and tiles <= 2 * processors
         if fits and processors // 4 <= tiles * -(-rows // block_m) <= 3 * processors:
             found.append(
-                LaunchConfig("few_rows", block_n, block_k, block_m, 1, warps, 1, fuse_norm=False, ahead=True)
-            )
+                LaunchConfig(
+                    "whole_rows", block_n, block_k, block_m, warps=warps, fuse_norm=fuse_norm, slices=block_k // slice_
+                )
+            )  # fmt: skip
     return found
 
 

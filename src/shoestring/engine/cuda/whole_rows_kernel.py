@@ -1,0 +1,56 @@
+"""Triton kernel of the products of a few rows with a narrow dense matrix: all inputs in one trip.
+
+Such a product takes no time for its bytes or sums, but for what must come one behind another: the loads of the rows, a
+chain of tensor-core instructions, what warps hand each other. So the weights are asked for before the kernel in front has
+ended (PDL), and the inputs are cut into slices, which the warps multiply beside one another and then add up.
+"""
+
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from shoestring.engine.cuda.linear_kernels import finish, gained, load
+
+__all__ = ["whole_rows_kernel"]
+
+
+@triton.jit(do_not_specialize=["rows", "outputs"])
+def whole_rows_kernel(
+    x, first, second, gain, bias, residual, out, rows, outputs,
+    x_stride, values_stride, residual_stride, out_stride, epsilon,
+    K: tl.constexpr, COMPUTE: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of rows, tiles of outputs); SLICES * SLICE inputs or fewer."""
+    EVEN: tl.constexpr = K == SLICES * SLICE
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own = tl.minimum(n, outputs - 1)  # rows beyond the last are read as the last, so that loads need no mask
+    k = (tl.arange(0, SLICES)[:, None] * SLICE + tl.arange(0, SLICE)[None, :])[:, None, :]
+    at = own.to(tl.int64)[None, :, None] * values_stride + k
+    if PDL:
+        gdc_launch_dependents()
+    weights = load(first + at, k < K, EVEN, "evict_first")
+    if GATED:
+        more = load(second + at, k < K, EVEN, "evict_first")
+    if PDL:
+        gdc_wait()
+    values = load(x + tl.minimum(m, rows - 1)[None, :, None] * x_stride + k, k < K, EVEN, "evict_last")
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    if HAS_NORM:
+        wide = values.to(tl.float32)
+        squares = tl.sum(tl.sum(wide * wide, 2), 0)
+        values = gained(wide, gain, k, K, EVEN, ADDS_ONE)
+    right = tl.permute(values.to(COMPUTE), (0, 2, 1))
+    sums = tl.sum(tl.dot(weights, right, input_precision="ieee"), 0)
+    other = sums
+    if GATED:
+        other = tl.sum(tl.dot(more, right, input_precision="ieee"), 0)
+    finish(
+        sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,
+        K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+    )  # fmt: skip
