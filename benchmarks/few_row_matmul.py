@@ -2,9 +2,9 @@
 
 First every kind of launch is compared with its twin, in float32 and bfloat16. Then each product of a model's step is timed
 in a CUDA graph of many calls whose weights are copies, in turn, that the L2 cache cannot hold (`us`: one call, with its
-norm and residual); beside it PyTorch's `linear` on the same bfloat16 copies with nothing around it. `share` is the weights'
-bytes over the time, against the rate of reading a large buffer in the same run. `step_us` sums a model's matrices: layers
-times its four products, and the head.
+norm and residual; of several rows the product in front leaves what the norm needs); beside it PyTorch's `linear` on the
+same bfloat16 copies with nothing around it. `share` is the weights' bytes over the time, against the rate of reading a
+large buffer in the same run. `step_us` sums a model's matrices: layers times its four products, and the head.
 
     python -m benchmarks.few_row_matmul --output benchmarks/results/few_row_matmul.nvidia-h100-80gb-hbm3.json
 
@@ -30,13 +30,11 @@ from torch.nn import functional
 
 from benchmarks.common import parser
 from shoestring.engine.cuda.linear import (
-    Launch,
-    LinearWorkspace,
     gated_linear,
-    launches,
     linear,
     linear_twin,
 )
+from shoestring.engine.cuda.products import Launch, LinearWorkspace, Product, ScaledRows, launches
 from shoestring.engine.cuda.tuning import (
     MAX_ROWS,
     TUNED,
@@ -90,18 +88,28 @@ class Case:
         self.norm = (
             RowNorm(torch.ones(self.inputs, device=DEVICE, dtype=torch.bfloat16)) if self.normed else None
         )
+        # As in a model: the product in front has left its rows for the norm.
+        self.scaled = (
+            ScaledRows(self.x.bfloat16(), torch.ones(36, rows, device=DEVICE))
+            if self.normed and rows > 1
+            else None
+        )
+        self.next_norm = (
+            RowNorm(torch.ones(self.outputs, device=DEVICE, dtype=torch.bfloat16)) if self.added else None
+        )
         kept = torch.float32 if self.added or name == "head" else torch.bfloat16
         self.out = torch.zeros(rows, self.outputs, device=DEVICE, dtype=kept)
 
     def call(self, turn: int, tuning: Tuning, config: LaunchConfig | None) -> None:
         extras: dict[str, Any] = {
-            "norm": self.norm, "workspace": self.workspace, "tuning": tuning, "config": config,
+            "norm": self.norm, "scaled": self.scaled, "workspace": self.workspace, "tuning": tuning, "config": config,
         }  # fmt: skip
         at = turn % self.count
         if self.gated:
             gated_linear(self.x, self.weights[2 * at], self.weights[2 * at + 1], self.out, **extras)
         else:
-            linear(self.x, self.weights[at], self.out, residual=self.out if self.added else None, **extras)
+            residual = self.out if self.added else None
+            linear(self.x, self.weights[at], self.out, residual=residual, next_norm=self.next_norm, **extras)
 
     def torch_call(self, turn: int) -> None:
         at, x = turn % self.count, self.x.bfloat16() if self.normed else self.x
@@ -113,10 +121,11 @@ class Case:
 
     def launches(self, tuning: Tuning, config: LaunchConfig | None) -> Iterator[Launch]:
         up = self.weights[1] if self.gated else None
-        return launches(
-            self.x, self.weights[0], up, self.out, self.norm, None, self.out if self.added else None,
-            "silu" if self.gated else None, self.workspace, tuning, config,
+        product = Product(
+            self.x, self.weights[0], up, self.out, self.norm, residual=self.out if self.added else None,
+            activation="silu" if self.gated else None, scaled=self.scaled, next_norm=self.next_norm,
         )  # fmt: skip
+        return launches(product, self.workspace, tuning, config)
 
 
 def random_weight(outputs: int, inputs: int, kind: str) -> DeviceWeight:
@@ -209,9 +218,8 @@ def check(tuning: Tuning) -> list[str]:
                 up = weights[1] if len(weights) == 2 else None
                 added = None if residual is None else out
                 activation = "silu" if up else None
-                for launch in launches(
-                    x, weights[0], up, out, norm, None, added, activation, workspace, tuning
-                ):
+                product = Product(x, weights[0], up, out, norm, residual=added, activation=activation)
+                for launch in launches(product, workspace, tuning):
                     launch.compile()
     wrong = []
     for case, weights, x, norm, residual in made:
@@ -261,7 +269,9 @@ def cases(
 def wanted(case: Case, only: str | None) -> list[LaunchConfig]:
     """The candidates, or those of one kernel; where there is no norm to fuse, each once."""
     found = [one for one in candidates(case.problem) if only in (None, one.kernel)]
-    return found if case.normed else [replace(one, fuse_norm=True) for one in found]
+    if case.normed and case.scaled is None:
+        return found
+    return [replace(one, fuse_norm=heuristic(case.problem).fuse_norm) for one in found]
 
 
 def tune(options: Any, workspace: LinearWorkspace, base: Tuning) -> Tuning:

@@ -7,7 +7,8 @@ import torch
 from interpreted_triton import DEVICE
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from shoestring.engine.cuda.linear import LinearWorkspace, gated_linear, launches, linear, linear_twin
+from shoestring.engine.cuda.linear import gated_linear, linear, linear_twin
+from shoestring.engine.cuda.products import LinearWorkspace, Product, launches
 from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning, candidates, heuristic, of_gpu
 from shoestring.engine.cuda.weights import pack_weight
 from shoestring.errors import RequestError
@@ -138,13 +139,56 @@ def test_all_inputs_at_once(workspace, inputs, slices, fuse_norm):
             linear(x, refused, out, workspace=workspace, config=other)
 
 
+@pytest.mark.parametrize("adds_one", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (replace(FEW, split_k=1), replace(FEW, split_k=1)),
+        (FEW, FEW),
+        (LaunchConfig("whole_rows", 32, 256, 8, slices=4), LaunchConfig("whole_rows", 16, 128, 16, slices=2)),
+        (FEW, replace(FEW, split_k=1, fuse_norm=False, tma=True)),
+    ],
+)
+def test_rows_are_left_for_the_next_norm(workspace, first, second, adds_one):
+    x, residual = random(18, 160), random(18, 120, seed=3)
+    weights = [pack_weight(random(120, 160)), *(pack_weight(random(40, 120, seed=seed)) for seed in (1, 2))]
+    norm = RowNorm(random(120, seed=1), adds_one=adds_one)
+    middle = residual.clone()
+    scaled = linear(x, weights[0], middle, residual=middle, next_norm=norm, workspace=workspace, config=first)
+    assert_near(middle, x, weights[0], residual=residual)
+    gain = norm.gain + 1 if adds_one else norm.gain
+    torch.testing.assert_close(scaled.values.float(), middle * gain)
+    assert len(scaled.squares) == -(-120 // first.block_n)
+    torch.testing.assert_close(scaled.squares.sum(0), middle.square().sum(1))
+    out = torch.full((18, 40), float("nan"), device=DEVICE)
+    extras = {"norm": norm, "workspace": workspace, "config": second}
+    nowhere = torch.full_like(middle, float("nan"))  # the rows are read from where they were left
+    linear(nowhere, weights[1], out, scaled=scaled, **extras)
+    assert_near(out, middle, weights[1], norm=norm)
+    gated_linear(nowhere, *weights[1:], out, scaled=scaled, **extras)
+    assert_near(out, middle, *weights[1:], norm=norm, activation="silu")
+    assert not workspace.arrived.any()
+
+
+def test_rows_are_not_left_where_the_next_product_does_not_want_them(workspace):
+    weight, norm = pack_weight(random(64, 64)), RowNorm(random(64, seed=1))
+    for rows, config, room in ((1, ONE, workspace), (2, FEW, None)):
+        x, out = random(rows, 64), torch.empty(rows, 64, device=DEVICE)
+        assert linear(x, weight, out, next_norm=norm, workspace=room, config=config) is None
+    # One row is read anew: its norm costs nothing on the way.
+    x, out = random(1, 64), torch.empty(1, 64, device=DEVICE)
+    scaled = linear(random(1, 64), weight, x, next_norm=norm, workspace=workspace, config=FEW)
+    linear(x, weight, out, norm=norm, scaled=scaled, workspace=workspace, config=ONE)
+    assert_near(out, x, weight, norm=norm)
+
+
 @pytest.mark.parametrize("split_k", [1, 3])
 def test_tiles_brought_by_the_copy_engine(workspace, split_k):
     x, weights = random(18, 232), [pack_weight(random(40, 232, seed=seed)) for seed in (0, 1)]
     config = replace(FEW, split_k=split_k, fuse_norm=False, tma=True)
     residual, norm = random(18, 40, seed=3), RowNorm(random(232, seed=1))
     launched = list(
-        launches(x, weights[0], None, residual, norm, None, residual, None, workspace, config=config)
+        launches(Product(x, weights[0], None, residual, norm, residual=residual), workspace, Tuning(), config)
     )
     assert len([one for one in launched[-1].arguments if isinstance(one, TensorDescriptor)]) == 3
     out = residual.clone()
@@ -190,7 +234,7 @@ def test_prefill(quantize):
 
 def test_no_rows_are_no_work():
     x, weight, out = random(0, 64), pack_weight(random(8, 64)), torch.empty(0, 8, device=DEVICE)
-    assert not list(launches(x, weight, None, out))
+    assert not list(launches(Product(x, weight, None, out), None, Tuning()))
     linear(x, weight, out, workspace=None)
 
 
@@ -214,7 +258,7 @@ SHAPES = [
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8", "int4"])
 def test_heuristics_are_launchable(kind):
     for outputs, inputs in SHAPES:
-        for rows in (1, 2, 16, 64, 256):
+        for rows in (1, 2, 16, 20, 64, 256):
             compute = torch.float32 if kind == "float32" else torch.bfloat16
             problem = Problem(outputs, inputs, rows, kind, outputs == 960, compute)
             choices = candidates(problem)
@@ -222,7 +266,7 @@ def test_heuristics_are_launchable(kind):
             assert len(set(choices)) == len(choices) <= 160
             for config in choices:
                 assert config.kernel in ("few_rows", "whole_rows") or rows == 1
-                for size in (config.block_n, config.block_k, config.warps):
+                for size in (config.block_n, config.block_k, config.block_m, config.warps):
                     assert size & (size - 1) == 0 < size
                 assert config.block_k >= (64 if problem.quantised else 16)
                 assert 1 <= config.split_k <= max(1, inputs // config.block_k)

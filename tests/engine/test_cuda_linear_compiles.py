@@ -44,7 +44,7 @@ def check_whole_rows(shape, rows, config):
     # The weights are asked for before the wait, and each warp multiplies slices of its own.
     gated = shape == SMOLLM2["gate"]
     problem = Problem(*shape, rows, "bfloat16", gated)
-    made = compile_problem(problem, norm=gated, residual=not gated, pdl=True, config=config)[-1]
+    made = compile_problem(problem, norm=gated, residual=not gated, scaled=gated, pdl=True, config=config)[-1]
     print(problem.key, config, made.registers, "registers", made.spilled, "spilled", made.shared, "shared", flush=True)
     assert made.launch.kernel.__name__ == "whole_rows_kernel"
     assert made.shared <= SHARED_MEMORY

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shoestring.engine.cuda.linear import Launch, LinearWorkspace, launches
+from shoestring.engine.cuda.products import Launch, LinearWorkspace, Product, ScaledRows, launches
 from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning
 from shoestring.engine.cuda.weights import DeviceWeight
 
@@ -44,10 +44,16 @@ def compile_problem(
     *,
     norm: bool,
     residual: bool = False,
+    scaled: bool = False,
     pdl: bool = False,
     config: LaunchConfig | None = None,
 ) -> list[Compiled]:
-    """Compile what the heuristic (or `config`) launches for a problem: float32 rows under a norm, bfloat16 ones without."""
+    """Compile what the heuristic (or `config`) launches for a problem: float32 rows under a norm, bfloat16 ones without.
+
+    Args:
+        residual: the result is added to float32 rows, and they are left for a norm.
+        scaled: the norm's rows were left by the product in front.
+    """
     rows, outputs, inputs = problem.rows, problem.outputs, problem.inputs
     weight = _weight(problem)
     x = _meta(rows, inputs, dtype=torch.float32 if norm else problem.compute)
@@ -56,15 +62,18 @@ def compile_problem(
         _meta(1 << 23, dtype=torch.float32),
         _meta(1 << 12, dtype=torch.int32),
         _meta(1 << 24, dtype=torch.float16),
+        _meta(256, 256, dtype=torch.float32),
     )
     gain = _meta(inputs, dtype=problem.compute)
-    found = launches(
+    found = Product(
         x, weight, weight if problem.gated else None, out,
         norm=SimpleNamespace(gain=gain, epsilon=1e-5, adds_one=False) if norm else None,
         residual=out if residual else None, activation="silu" if problem.gated else None,
-        workspace=workspace, tuning=Tuning(pdl=pdl), config=config,
+        scaled=ScaledRows(_meta(rows, inputs, dtype=problem.compute), workspace.squares[:36, :rows]) if scaled else None,
+        next_norm=SimpleNamespace(gain=_meta(outputs, dtype=problem.compute), epsilon=1e-5, adds_one=False)
+        if residual else None,
     )  # fmt: skip
-    return [compile_launch(launch) for launch in found]
+    return [compile_launch(launch) for launch in launches(found, workspace, Tuning(pdl=pdl), config)]
 
 
 def compile_launch(launch: Launch) -> Compiled:

@@ -30,7 +30,7 @@ class AttentionPlan:
         heads, kv_heads, head_dim: the model's H, K and D.
         splits: shares of the keys at most; 1 needs no merge.
         block_rows: rows x heads of a tile (a power of two, at least 16 and H / K).
-        block_keys: keys of a tile, 16 to 64.
+        block_keys: keys of a tile, 16 to 256.
         min_keys: a share is not made smaller than this.
         merge_last: the program that arrives last merges; else a second kernel does.
     """
@@ -76,12 +76,24 @@ class AttentionPlan:
             cls(slots, rows, heads, kv_heads, head_dim, block_rows=block_rows).tiles * kv_heads > processors
         ):
             block_rows *= 2
+        if wide:
+            block_keys, min_keys = 32 if block_rows * head_dim <= 2048 else 16, 128
+            warps, stages = 8, 1 if head_dim > 128 else 2
+        elif block_rows * head_dim <= 1024:
+            # A program's time goes by its instructions: one large block, or small shares, each by many warps.
+            block_keys, min_keys = (64, 64) if rows == 1 else (256, 256) if rows <= 32 else (64, 128)
+            warps, stages = 8, 1 if block_keys == 256 else 3
+        else:
+            block_keys, min_keys = 64, 128
+            warps = 8 if block_rows * head_dim >= 8192 or head_dim > 128 else 4
+            # With two stages Triton loads a block only when the one before it is done with.
+            stages = 2 if head_dim > 128 or block_rows > 64 else 3
         plan = {
             "block_rows": block_rows,
-            "block_keys": (32 if block_rows * head_dim <= 2048 else 16) if wide else 64,
-            "warps": 8 if wide or block_rows * head_dim >= 8192 or head_dim > 128 else 4,
-            # With two stages Triton loads a block only when the one before it is done with.
-            "stages": (1 if wide else 2) if head_dim > 128 else (2 if wide or block_rows > 64 else 3),
+            "block_keys": block_keys,
+            "min_keys": min_keys,
+            "warps": warps,
+            "stages": stages,
         } | settings
         if "splits" not in plan:
             tiles = cls(slots, rows, heads, kv_heads, head_dim, block_rows=plan["block_rows"]).tiles

@@ -48,7 +48,10 @@ def _load_keys(
     pages, layer, head, heads, start, key, some, wanted, d, D: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [N, D] at the positions `key` from `start` on, where there are some; MASKED: zeros where not wanted."""
+    """Keys and values [N, D] at the positions `key`, from `start` on; none are read unless there are some.
+
+    MASKED: zeros where they are not wanted.
+    """
     if key.shape[0] <= _PAGE:
         base = tl.load(pages + start // _PAGE, mask=some, other=0)
     elif MASKED:

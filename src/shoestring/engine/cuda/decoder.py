@@ -17,7 +17,8 @@ from shoestring.engine.cuda.attention import AttentionPlan, Workspace, tree_atte
 from shoestring.engine.cuda.cache_moves import move_rows
 from shoestring.engine.cuda.choose import MAX_TOP, Candidates, choose
 from shoestring.engine.cuda.layout import DeviceLayout, block_shape
-from shoestring.engine.cuda.linear import LinearWorkspace, gated_linear, linear
+from shoestring.engine.cuda.linear import gated_linear, linear
+from shoestring.engine.cuda.products import LinearWorkspace, ScaledRows
 from shoestring.engine.cuda.rotary import rotary_table, rotate_and_store
 from shoestring.engine.cuda.rows import RowNorm, add_normed, embed, take_normed
 from shoestring.engine.cuda.tuning import Tuning
@@ -195,10 +196,14 @@ class Decoder:
         hidden = hidden or {}
         move_rows(table, layout, layers=len(self.layers), kv_heads=kv_heads, head_dim=dim, **cache)
         embed(layout, self.embedding, buffers.own, x, config.embedding_scale)
-        for index, layer in enumerate(self.layers):
+        scaled: ScaledRows | None = None  # what the product in front left for the norm behind it
+        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), None]
+        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             if index in hidden:
                 hidden[index].copy_(x)
-            linear(x, layer.qkv, packed, norm=layer.attention_norm, bias=layer.qkv_bias, **shared)
+            linear(
+                x, layer.qkv, packed, norm=layer.attention_norm, scaled=scaled, bias=layer.qkv_bias, **shared
+            )
             rotate_and_store(
                 packed,
                 self._tables[index],
@@ -231,16 +236,27 @@ class Decoder:
             )
             flat = attended.flatten(1)
             if layer.post_attention_norm is None:
-                linear(flat, layer.output, x, bias=layer.output_bias, residual=x, **shared)
+                scaled = linear(
+                    flat,
+                    layer.output,
+                    x,
+                    bias=layer.output_bias,
+                    residual=x,
+                    next_norm=layer.mlp_norm,
+                    **shared,
+                )
             else:
+                scaled = None
                 linear(flat, layer.output, added, bias=layer.output_bias, **shared)
                 add_normed(layout, added, layer.post_attention_norm, x, pdl)
             gated_linear(
-                x, layer.gate, layer.up, gated, norm=layer.mlp_norm, activation=config.activation, **shared
-            )
+                x, layer.gate, layer.up, gated, norm=layer.mlp_norm, scaled=scaled, activation=config.activation,
+                **shared,
+            )  # fmt: skip
             if layer.post_mlp_norm is None:
-                linear(gated, layer.down, x, residual=x, **shared)
+                scaled = linear(gated, layer.down, x, residual=x, next_norm=next_norm, **shared)
             else:
+                scaled = None
                 linear(gated, layer.down, added, **shared)
                 add_normed(layout, added, layer.post_mlp_norm, x, pdl)
         if len(self.layers) in hidden:

@@ -4,96 +4,31 @@ Everything is written into a given `out`; up to `MAX_ROWS` rows nothing is alloc
 that the calls can be captured in a CUDA graph. More rows (prefill) go to PyTorch's product.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
 import torch
 import triton
-import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from shoestring.engine.cuda.linear_kernels import few_rows_kernel
-from shoestring.engine.cuda.one_row_kernels import dequantize_kernel, norm_kernel, one_row_kernel
-from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Problem, Tuning
+from shoestring.engine.cuda.one_row_kernels import dequantize_kernel
+from shoestring.engine.cuda.products import (
+    KIND_BITS,
+    Launch,
+    LinearWorkspace,
+    Norm,
+    Product,
+    ScaledRows,
+    chosen,
+    launches,
+    left_by,
+)
+from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Tuning
 from shoestring.engine.cuda.weights import GROUP, DeviceWeight
-from shoestring.engine.cuda.whole_rows_kernel import whole_rows_kernel
 from shoestring.errors import RequestError
 
-__all__ = ["Launch", "LinearWorkspace", "Norm", "gated_linear", "launches", "linear", "linear_twin"]
+__all__ = ["gated_linear", "linear", "linear_twin"]
 
 _ACTIVATIONS = (None, "silu", "gelu_tanh", "gelu", "relu")
-_TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_PTX = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_BITS = {"dense": 0, "int8": 8, "int4": 4}
-
-
-class Norm(Protocol):
-    """An RMSNorm: `x / sqrt(mean(x^2) + epsilon) * gain`, or `* (1 + gain)` where `adds_one`."""
-
-    @property
-    def gain(self) -> Tensor:
-        """[K]."""
-
-    @property
-    def epsilon(self) -> float:
-        """What keeps rows of zeros from being divided by zero."""
-
-    @property
-    def adds_one(self) -> bool:
-        """Whether the gain is stored less one (Gemma)."""
-
-
-@dataclass(frozen=True)
-class LinearWorkspace:
-    """Room for shares of split sums and for normalised rows; one serves all products of a stream, one after another."""
-
-    shares: Tensor
-    arrived: Tensor
-    normed: Tensor
-
-    @classmethod
-    def allocate(
-        cls, device: torch.device | str, *, width: int, shares: int = 1 << 23, tiles: int = 1 << 12
-    ) -> "LinearWorkspace":
-        """Room for inputs at most `width` wide; a split that would need more than `shares` floats is not made."""
-        return cls(
-            torch.zeros(shares, dtype=torch.float32, device=device),
-            torch.zeros(tiles, dtype=torch.int32, device=device),
-            torch.zeros(MAX_ROWS * width * 2, dtype=torch.float16, device=device),
-        )
-
-    def rows(self, count: int, width: int, dtype: torch.dtype) -> Tensor | None:
-        """Room for normalised rows [count, width]; None where it is too small."""
-        room = self.normed.view(dtype)
-        return room[: count * width].view(count, width) if count * width <= len(room) else None
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with all that it is launched with."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    warps: int = 4
-    stages: int = 3
-
-    def run(self) -> None:
-        """Put it on the current stream."""
-        self.kernel[self.grid](*self.arguments, **self._options())
-
-    def compile(self) -> None:
-        """Compile it, without a run (inside `triton.AsyncCompileMode`: in the background)."""
-        self.kernel.warmup(*self.arguments, grid=self.grid, **self._options())
-
-    def _options(self) -> dict[str, Any]:
-        early = {"launch_pdl": True} if self.constants.get("PDL") else {}
-        return {**self.constants, "num_warps": self.warps, "num_stages": self.stages, **early}
 
 
 def linear(
@@ -106,9 +41,11 @@ def linear(
     bias: Float[Tensor, " N"] | None = None,
     residual: Float[Tensor, "M N"] | None = None,
     activation: str | None = None,
+    scaled: ScaledRows | None = None,
+    next_norm: Norm | None = None,
     tuning: Tuning | None = None,
     config: LaunchConfig | None = None,
-) -> None:
+) -> ScaledRows | None:
     """Write `activation(norm(x) W^T + bias) + residual` into `out`.
 
     Tensors may be of any floating type; rows may be strided, their elements are dense.
@@ -118,13 +55,20 @@ def linear(
             forgotten.
         residual: may be `out` itself.
         activation: None, "silu", "gelu_tanh", "gelu" or "relu".
+        scaled: what an earlier product returned for this `norm`: the rows are read from there.
+        next_norm: the norm of `out` that comes next.
         tuning: what was measured on this machine where None.
         config: this very launch, whatever was measured.
+
+    Returns:
+        The rows as the product behind `next_norm` reads them, in the workspace until the next product that leaves or
+        normalises rows; None where that one had better start from `out`.
 
     Raises:
         RequestError: shapes that do not fit, an unknown activation.
     """
-    _multiply(x, weight, None, out, norm, bias, residual, activation, workspace, tuning, config)
+    product = Product(x, weight, None, out, norm, bias, residual, activation, scaled, next_norm)
+    return _multiply(product, workspace, tuning, config)
 
 
 def gated_linear(
@@ -136,6 +80,7 @@ def gated_linear(
     workspace: LinearWorkspace | None,
     norm: Norm | None = None,
     activation: str = "silu",
+    scaled: ScaledRows | None = None,
     tuning: Tuning | None = None,
     config: LaunchConfig | None = None,
 ) -> None:
@@ -144,7 +89,9 @@ def gated_linear(
         raise RequestError(
             f"gate {gate.kind} [{gate.outputs}, {gate.inputs}] and up {up.kind} [{up.outputs}, {up.inputs}] differ"
         )
-    _multiply(x, gate, up, out, norm, None, None, activation, workspace, tuning, config)
+    _multiply(
+        Product(x, gate, up, out, norm, activation=activation, scaled=scaled), workspace, tuning, config
+    )
 
 
 def linear_twin(
@@ -184,18 +131,9 @@ def _activated(x: Tensor, activation: str | None) -> Tensor:
 
 
 def _multiply(
-    x: Tensor,
-    weight: DeviceWeight,
-    up: DeviceWeight | None,
-    out: Tensor,
-    norm: Norm | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    workspace: LinearWorkspace | None,
-    tuning: Tuning | None,
-    config: LaunchConfig | None,
-) -> None:
+    product: Product, workspace: LinearWorkspace | None, tuning: Tuning | None, config: LaunchConfig | None
+) -> ScaledRows | None:
+    x, weight, out, activation = product.x, product.weight, product.out, product.activation
     rows, inputs = x.shape
     if inputs != weight.inputs or out.shape != (rows, weight.outputs):
         raise RequestError(
@@ -204,160 +142,28 @@ def _multiply(
     if activation not in _ACTIVATIONS:
         raise RequestError(f"unknown activation {activation!r}: one of {', '.join(map(str, _ACTIVATIONS))}")
     if rows > MAX_ROWS:
-        _prefill(x, weight, up, out, norm, bias, residual, activation)
-        return
-    for launch in launches(x, weight, up, out, norm, bias, residual, activation, workspace, tuning, config):
-        launch.run()
-
-
-def launches(
-    x: Tensor,
-    weight: DeviceWeight,
-    up: DeviceWeight | None,
-    out: Tensor,
-    norm: Norm | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    workspace: LinearWorkspace | None = None,
-    tuning: Tuning | None = None,
-    config: LaunchConfig | None = None,
-) -> Iterator[Launch]:
-    """The kernels that make up a product of at most `MAX_ROWS` rows, in order."""
-    rows, inputs = x.shape
-    if not rows:
-        return
+        _prefill(product)
+        return None
     tuning = tuning or Tuning.of_machine(x.device)
-    if config is None:
-        kind = str(weight.dtype).removeprefix("torch.") if weight.kind == "dense" else weight.kind
-        problem = Problem(weight.outputs, inputs, rows, kind, up is not None, weight.dtype)
-        config = tuning.config(problem, _processors(x.device))
-    interpreted = x.device.type == "cpu"
-    pdl = tuning.pdl and not interpreted
-    normed = None
-    if norm is not None and workspace is not None and not config.fuse_norm:
-        normed = workspace.rows(rows, inputs, weight.dtype)
-    if norm is not None and normed is not None:
-        yield Launch(
-            norm_kernel,
-            (rows,),
-            (x, norm.gain, normed, x.stride(0), normed.stride(0), norm.epsilon),
-            {"K": inputs, "ADDS_ONE": norm.adds_one, "BLOCK": triton.next_power_of_2(inputs), "PDL": pdl},
-            warps=8 if inputs > 2048 else 4,
-        )
-        x, norm = normed, None
-    second = weight if up is None else up
-    first_scales = weight.values if weight.scales is None else weight.scales
-    second_scales = second.values if second.scales is None else second.scales
-    tensors = (
-        x, weight.values, first_scales, second.values, second_scales,
-        x if norm is None else norm.gain, x if bias is None else bias, out if residual is None else residual, out,
-    )  # fmt: skip
-    strides = (weight.values.stride(0), 0 if weight.scales is None else weight.scales.stride(0))
-    epsilon = 0.0 if norm is None else norm.epsilon
-    constants: dict[str, Any] = {
-        "K": inputs, "GATED": up is not None, "HAS_NORM": norm is not None,
-        "ADDS_ONE": norm is not None and norm.adds_one, "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or "", "BLOCK_N": config.block_n, "PDL": pdl,
-    }  # fmt: skip
-    tiles_n = triton.cdiv(weight.outputs, config.block_n)
-    residual_stride = out.stride(0) if residual is None else residual.stride(0)
-    if config.kernel == "whole_rows":
-        if weight.kind != "dense" or inputs > config.block_k:
-            raise RequestError(
-                f"a launch of {config.block_k} dense inputs was chosen for {inputs} of {weight.kind}"
-            )
-        x, first, _, other, _, *rest = tensors
-        yield Launch(
-            whole_rows_kernel,
-            (triton.cdiv(rows, config.block_m), tiles_n),
-            (
-                x, first, other, *rest, rows, weight.outputs, x.stride(0), strides[0], residual_stride, out.stride(0),
-                epsilon,
-            ),
-            {
-                **constants, "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "SLICES": config.slices,
-                "SLICE": config.block_k // config.slices,
-            },
-            config.warps,
-        )  # fmt: skip
-        return
-    constants |= {
-        "KIND": _BITS[weight.kind], "BLOCK_K": config.block_k, "STAGES": config.stages, "LINES": config.lines,
-        "PTX": "" if interpreted or not config.ptx else _PTX.get(weight.dtype, ""),
-    }  # fmt: skip
-    if config.kernel == "one_row":
-        if rows != 1:
-            raise RequestError(f"a one-row launch was chosen for {rows} rows")
-        yield Launch(
-            one_row_kernel,
-            (tiles_n,),
-            (*tensors, weight.outputs, *strides, epsilon),
-            {**constants, "UNROLL": config.unroll},
-            config.warps,
-            config.stages,
-        )
-        return
-    tiles = triton.cdiv(rows, config.block_m) * tiles_n
-    share = config.block_n * config.block_m * (1 if up is None else 2) + config.block_m
-    if workspace is None or tiles > len(workspace.arrived):
-        config = replace(config, split_k=1)
-    elif tiles * share * config.split_k > len(workspace.shares):
-        config = replace(config, split_k=max(1, len(workspace.shares) // (tiles * share)))
-    scratch = (out, out) if workspace is None else (workspace.shares, workspace.arrived)
-    yield Launch(
-        few_rows_kernel,
-        (triton.cdiv(rows, config.block_m), tiles_n, config.split_k),
-        (
-            *tensors, *scratch, *_tiles(x, weight, second, config, norm is None), rows, weight.outputs, x.stride(0),
-            *strides, residual_stride, out.stride(0), epsilon,
-        ),
-        {
-            **constants, "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "SPLIT_K": config.split_k,
-            "WRITTEN": config.written and weight.kind != "dense",
-        },
-        config.warps,
-        config.stages,
-    )  # fmt: skip
+    config = config or chosen(product, tuning)
+    for launch in launches(product, workspace, tuning, config):
+        launch.run()
+    return left_by(product, config, workspace)
 
 
-def _tiles(
-    x: Tensor, first: DeviceWeight, second: DeviceWeight, config: LaunchConfig, plain: bool
-) -> tuple[TensorDescriptor | None, TensorDescriptor | None, TensorDescriptor | None]:
-    """Descriptors of x's and the weights' tiles for Hopper's copy engine, where it is to bring them and can."""
-    sources = (x, first.values, second.values)
-    able = config.tma and plain and first.kind == "dense" and x.dtype == first.dtype
-    if not able or any(one.data_ptr() % 16 or one.stride(0) * one.element_size() % 16 for one in sources):
-        return None, None, None
-    heights = (config.block_m, config.block_n, config.block_n)
-    made = [
-        TensorDescriptor(one, list(one.shape), list(one.stride()), [height, config.block_k])
-        for one, height in zip(sources, heights, strict=True)
-    ]
-    return made[0], made[1], made[2]
-
-
-def _prefill(
-    x: Tensor,
-    weight: DeviceWeight,
-    up: DeviceWeight | None,
-    out: Tensor,
-    norm: Norm | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-) -> None:
+def _prefill(product: Product) -> None:
     """Many rows: PyTorch's product, with quantised weights written out once."""
-    values = (x if norm is None else _normed(x, norm)).to(weight.dtype)
-    result = _activated(_product(values, weight, bias), activation)
+    x, weight, up = product.x, product.weight, product.up
+    values = (x if product.norm is None else _normed(x, product.norm)).to(weight.dtype)
+    result = _activated(_matmul(values, weight, product.bias), product.activation)
     if up is not None:
-        result *= _product(values, up, None)
-    if residual is not None:
-        result = result + residual
-    out.copy_(result)
+        result *= _matmul(values, up, None)
+    if product.residual is not None:
+        result = result + product.residual
+    product.out.copy_(result)
 
 
-def _product(values: Tensor, weight: DeviceWeight, bias: Tensor | None) -> Tensor:
+def _matmul(values: Tensor, weight: DeviceWeight, bias: Tensor | None) -> Tensor:
     matrix = _written_out(weight).T
     if values.is_cuda and weight.dtype != torch.float32:
         result = torch.mm(values, matrix, out_dtype=torch.float32)
@@ -378,12 +184,6 @@ def _written_out(weight: DeviceWeight) -> Tensor:
             weight.values, weight.scales, out, weight.outputs, weight.values.stride(0), weight.scales.stride(0),
             out.stride(0),
         ),
-        {"K": weight.inputs, "KIND": _BITS[weight.kind], **blocks},
+        {"K": weight.inputs, "KIND": KIND_BITS[weight.kind], **blocks},
     ).run()  # fmt: skip
     return out
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -4,8 +4,9 @@
 the rows, padded to BLOCK_M, the right one: few rows are a small side there, at no cost. Quantised weights enter as the
 integers that they are, exact in bfloat16, and a group's sum is scaled in float32; or, where many rows leave the tensor
 cores no time for a product per group (WRITTEN), rounded to COMPUTE as a dense matrix would have them. An RMSNorm can be
-taken on the way: its gain multiplies the inputs as they stream by, the row's own factor the result. Shares of a split sum
-(SPLIT_K) are added in their order by the program that arrives last, so results do not change from run to run.
+taken on the way: its gain multiplies the inputs as they stream by, the row's own factor the result. Or the product that
+made the rows has left them with the gain, and the sums of squares of their parts (PARTS). Shares of a split sum (SPLIT_K)
+are added in their order by the program that arrives last, so results do not change from run to run.
 
 KIND is the bits of a quantised weight, 0 for dense ones. PDL: the kernel may start before the one in front has ended, so
 nothing but weights is read before `gdc_wait`. PTX: "bf16", "fp16" or "", how int4 is unpacked.
@@ -162,36 +163,76 @@ def _add_written(
 
 
 @triton.jit
+def left_squares(parts, m, rows, stride, PARTS: tl.constexpr, MOST: tl.constexpr):
+    """Rows' sums of squares [m], from those of their parts that another product left."""
+    part = tl.arange(0, MOST)
+    inside = (part < PARTS)[:, None] & (m < rows)[None, :]
+    return tl.sum(tl.load(parts + part[:, None] * stride + m[None, :], mask=inside, other=0.0), 0)
+
+
+@triton.jit
+def gains_of(
+    bias, next_gain, n, outputs, HAS_BIAS: tl.constexpr, LEAVES: tl.constexpr, NEXT_ADDS_ONE: tl.constexpr
+):
+    """The bias [n] and the next norm's gain [n], which lie there before the step."""
+    biases = tl.zeros((n.shape[0],), tl.float32)
+    if HAS_BIAS:
+        biases = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    gains = biases
+    if LEAVES:
+        gains = tl.load(next_gain + n, mask=n < outputs, other=0.0).to(tl.float32)
+        if NEXT_ADDS_ONE:
+            gains += 1.0
+    return biases, gains
+
+
+@triton.jit
+def added_to(residual, n, m, rows, outputs, stride):
+    """What a tile's sums are added to."""
+    inside = (n < outputs)[:, None] & (m < rows)[None, :]
+    return tl.load(residual + m[None, :] * stride + n[:, None], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def finish(
-    sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,
-    K: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    sums, other, squares, biases, added, gains, out, next_values, next_squares, n, m, tile, rows, outputs,
+    out_stride, next_stride, squares_stride, epsilon,
+    K: tl.constexpr, GATED: tl.constexpr, NORMED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile's sums [BLOCK_N, BLOCK_M] with all that belongs to the product."""
-    if HAS_NORM:
+    """Write a tile's sums [BLOCK_N, BLOCK_M] with all that belongs to the product.
+
+    LEAVES: also leave the rows times the next norm's gain, and this tile's part of their squares.
+    """
+    if NORMED:
         factor = tl.rsqrt(squares / K + epsilon)
         sums *= factor[None, :]
         if GATED:
             other *= factor[None, :]
     if HAS_BIAS:
-        sums += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+        sums += biases[:, None]
     result = activated(sums, ACTIVATION)
     if GATED:
         result *= other
     inside = (n < outputs)[:, None] & (m < rows)[None, :]
     if HAS_RESIDUAL:
-        at = residual + m[None, :] * residual_stride + n[:, None]
-        result += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        result += added
     tl.store(out + m[None, :] * out_stride + n[:, None], result.to(out.dtype.element_ty), mask=inside)
+    if LEAVES:
+        at = next_values + m[None, :] * next_stride + n[:, None]
+        tl.store(at, (result * gains[:, None]).to(next_values.dtype.element_ty), mask=inside)
+        kept = tl.where(inside, result, 0.0)
+        tl.store(next_squares + tile * squares_stride + m, tl.sum(kept * kept, 0), mask=m < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "outputs"])
 def few_rows_kernel(
-    x, first, first_scales, second, second_scales, gain, bias, residual, out, shares, arrived,
-    x_tiles, first_tiles, second_tiles, rows, outputs,
-    x_stride, values_stride, scales_stride, residual_stride, out_stride, epsilon,
+    x, first, first_scales, second, second_scales, gain, parts, bias, residual, out, next_gain, next_values,
+    next_squares, shares, arrived, x_tiles, first_tiles, second_tiles, rows, outputs,
+    x_stride, values_stride, scales_stride, residual_stride, out_stride, next_stride, squares_stride, epsilon,
     K: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr,
     ADDS_ONE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr, MOST_PARTS: tl.constexpr, LEAVES: tl.constexpr, NEXT_ADDS_ONE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr, WRITTEN: tl.constexpr,
 ):  # fmt: skip
@@ -202,6 +243,8 @@ def few_rows_kernel(
             which Hopper's copy engine then brings, or None.
         shares: float32, for each tile and share BLOCK_N * BLOCK_M sums (twice where GATED) and BLOCK_M sums of squares.
         arrived: int32 for each tile, zero before and after.
+        parts: where x has its norm's gain already (PARTS), [PARTS, rows]: the sums of squares of parts of the rows.
+        next_gain, next_values, next_squares: what LEAVES reads and writes (`finish`).
     """
     EVEN: tl.constexpr = K % BLOCK_K == 0
     TRIPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -215,7 +258,6 @@ def few_rows_kernel(
     at = own.to(tl.int64)[:, None] * values_stride
     if PDL:
         gdc_launch_dependents()
-    if PDL:
         if LINES > 0:
             WIDTH: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
             ROW: tl.constexpr = (K + 63) // 64 * 32 if KIND == 4 else K * WIDTH
@@ -300,11 +342,19 @@ def few_rows_kernel(
                             odd_sum, K, EVEN, COMPUTE, PTX,
                         )  # fmt: skip
 
-    squares = tl.sum(squares, 1)
+    if PARTS:
+        squares = left_squares(parts, m, rows, squares_stride, PARTS, MOST_PARTS)
+    else:
+        squares = tl.sum(squares, 1)
+    biases, gains = gains_of(bias, next_gain, n, outputs, HAS_BIAS, LEAVES, NEXT_ADDS_ONE)
+    added = sums
+    if HAS_RESIDUAL:
+        added = added_to(residual, n, m, rows, outputs, residual_stride)
     if SPLIT_K == 1:
         finish(
-            sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,
-            K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            sums, other, squares, biases, added, gains, out, next_values, next_squares, n, m, tl.program_id(1), rows,
+            outputs, out_stride, next_stride, squares_stride, epsilon,
+            K, GATED, HAS_NORM or PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, LEAVES,
         )  # fmt: skip
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
@@ -324,7 +374,8 @@ def few_rows_kernel(
             tl.store(arrived + tile_index, 0)
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            squares = tl.zeros((BLOCK_M,), tl.float32)
+            if HAS_NORM:
+                squares = tl.zeros((BLOCK_M,), tl.float32)
             # Four at a time, so that their loads are under way together.
             for share in tl.range(0, SPLIT_K, loop_unroll_factor=4):
                 sums += tl.load(base + share * SHARE + cell, cache_modifier=".cg")
@@ -333,6 +384,7 @@ def few_rows_kernel(
                 if HAS_NORM:
                     squares += tl.load(base + share * SHARE + column, cache_modifier=".cg")
             finish(
-                sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride,
-                epsilon, K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+                sums, other, squares, biases, added, gains, out, next_values, next_squares, n, m, tl.program_id(1),
+                rows, outputs, out_stride, next_stride, squares_stride, epsilon,
+                K, GATED, HAS_NORM or PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, LEAVES,
             )  # fmt: skip

@@ -58,11 +58,11 @@ def _inputs(
 
 @triton.jit
 def _trip(
-    trip, sums, other, squares, x, first, first_scales, second, second_scales, gain, own, values_stride,
-    scales_stride, K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr,
-    ADDS_ONE: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr, WAIT: tl.constexpr,
+    trip, sums, other, squares, added, x, first, first_scales, second, second_scales, gain, residual, n, own, outputs,
+    values_stride, scales_stride, K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr,
+    ADDS_ONE: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr, WAIT: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K more inputs; WAIT: between the loads of the weights and all others."""
+    """BLOCK_K more inputs; WAIT: between the loads of the weights and all others. ADDS: also load what is added."""
     EVEN: tl.constexpr = K % BLOCK_K == 0
     if KIND == 0:
         k = trip * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -73,6 +73,8 @@ def _trip(
             more = load(second + at, inside, EVEN, "evict_first")
         if WAIT:
             gdc_wait()
+        if ADDS:
+            added = tl.load(residual + n, mask=n < outputs, other=0.0).to(tl.float32)
         # Several trips: each thread reads the inputs of its own weights, since an exchange would need barriers.
         own_k = k[None, :] if K <= BLOCK_K else tl.broadcast_to(k[None, :], at.shape)
         values, squares = _inputs(x, gain, squares, own_k, K, EVEN, HAS_NORM, ADDS_ONE)
@@ -101,6 +103,8 @@ def _trip(
                 more = load(second + at, inside, EVEN, "evict_first")
         if WAIT:
             gdc_wait()
+        if ADDS:
+            added = tl.load(residual + n, mask=n < outputs, other=0.0).to(tl.float32)
         even, squares = _inputs(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE)
         odd, squares = _inputs(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE)
         if KIND == 8:
@@ -117,7 +121,7 @@ def _trip(
                 other = _add_int4(
                     other, more, second_scales, chunk, own, scales_stride, even, odd, K, EVEN, PTX
                 )
-    return sums, other, squares
+    return sums, other, squares, added
 
 
 @triton.jit(do_not_specialize=["outputs"])
@@ -136,6 +140,7 @@ def one_row_kernel(
     own = tl.minimum(n, outputs - 1)
     sums = tl.zeros((BLOCK_N, CELLS), tl.float32)
     other = tl.zeros((BLOCK_N, CELLS), tl.float32)
+    added = tl.zeros((BLOCK_N,), tl.float32)
     if KIND != 0:
         squares = tl.zeros((CELLS, 32), tl.float32)
     elif K <= BLOCK_K:
@@ -146,9 +151,10 @@ def one_row_kernel(
         gdc_launch_dependents()
     if UNROLL == 0:
         for trip in tl.static_range(TRIPS):
-            sums, other, squares = _trip(
-                trip, sums, other, squares, x, first, first_scales, second, second_scales, gain, own,
-                values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, PTX, PDL and trip == 0,
+            sums, other, squares, added = _trip(
+                trip, sums, other, squares, added, x, first, first_scales, second, second_scales, gain, residual, n, own,
+                outputs, values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, PTX,
+                PDL and trip == 0, HAS_RESIDUAL and trip == 0,
             )  # fmt: skip
     else:
         if PDL:
@@ -159,10 +165,12 @@ def one_row_kernel(
                 if GATED:
                     prefetch(second, values_stride * WIDTH, 0, own, ROW, LINES)
             gdc_wait()
+        if HAS_RESIDUAL:
+            added = tl.load(residual + n, mask=n < outputs, other=0.0).to(tl.float32)
         for trip in tl.range(0, TRIPS, num_stages=STAGES, loop_unroll_factor=UNROLL):
-            sums, other, squares = _trip(
-                trip, sums, other, squares, x, first, first_scales, second, second_scales, gain, own,
-                values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, PTX, False,
+            sums, other, squares, _ = _trip(
+                trip, sums, other, squares, added, x, first, first_scales, second, second_scales, gain, residual, n, own,
+                outputs, values_stride, scales_stride, K, KIND, GATED, HAS_NORM, ADDS_ONE, BLOCK_K, PTX, False, False,
             )  # fmt: skip
     result = tl.sum(sums, 1)
     if HAS_NORM:
@@ -181,7 +189,7 @@ def one_row_kernel(
             up *= factor
         result *= up
     if HAS_RESIDUAL:
-        result += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
+        result += added
     tl.store(out + n, result.to(out.dtype.element_ty), mask=inside)
 
 

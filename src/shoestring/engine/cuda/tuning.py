@@ -78,6 +78,11 @@ class Problem:
         return next((bucket for bucket in _BUCKETS if self.rows <= bucket), _BUCKETS[-1])
 
     @property
+    def tile_rows(self) -> int:
+        """The bucket's rows, rounded up to a power of two, as a tile has them."""
+        return 1 << (self.bucket - 1).bit_length()
+
+    @property
     def key(self) -> str:
         """The name of its configuration in a file."""
         wide = "/float32" if self.compute == torch.float32 and self.quantised else ""
@@ -192,7 +197,7 @@ def _one_row(problem: Problem, processors: int) -> LaunchConfig:
 
 def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
     outputs, inputs = problem.outputs, problem.inputs
-    rows = max(8, problem.bucket)
+    rows = max(8, problem.tile_rows)
     wide = problem.compute == torch.float32  # no tensor cores
     block_m = min(rows, 32 if wide else 64)
     if outputs >= 16 * processors and not wide:
@@ -238,7 +243,7 @@ def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
         return _by_slices(problem) if problem.quantised else []
     if problem.bucket < 16:
         return []
-    rows, itemsize = problem.bucket, problem.row_bytes / problem.inputs / (2 if problem.gated else 1)
+    rows, itemsize = problem.tile_rows, problem.row_bytes / problem.inputs / (2 if problem.gated else 1)
     block_m = min(rows, 64)
     found = []
     for block_n, block_k, together in product((64, 128, 256), (64, 128, 256), (1, 2, 3)):
@@ -298,12 +303,13 @@ def _whole_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
         return []
     block_k = 1 << (inputs - 1).bit_length()
     heights = (8, 16) if rows <= 32 else (16, 32)
-    norms = (True, False) if rows > 16 else (True,)
+    fuse_norm = heuristic(problem, processors).fuse_norm
     found = []
-    for block_m, block_n, warps, slice_, fuse_norm in product(heights, (16, 32), (4, 8, 16), (32, 64), norms):
+    for block_m, block_n, warps, slice_ in product(heights, (16, 32), (2, 4, 8, 16), (32, 64)):
         tiles = -(-problem.outputs // block_n)
-        # What a program's threads hold: weights, and the rows twice where a norm is taken on the way.
-        held = block_k * (block_n * (2 if problem.gated else 1) + block_m * (3 if fuse_norm else 1))
+        held = block_k * (
+            block_n * (2 if problem.gated else 1) + block_m
+        )  # weights and rows, by a program's threads
         fits = block_m <= rows and held <= 12288 * warps and tiles <= 2 * processors
         if fits and processors // 4 <= tiles * -(-rows // block_m) <= 3 * processors:
             found.append(

@@ -12,20 +12,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoestring.engine.cuda.linear_kernels import finish, gained, load
+from shoestring.engine.cuda.linear_kernels import added_to, finish, gained, gains_of, left_squares, load
 
 __all__ = ["whole_rows_kernel"]
 
 
 @triton.jit(do_not_specialize=["rows", "outputs"])
 def whole_rows_kernel(
-    x, first, second, gain, bias, residual, out, rows, outputs,
-    x_stride, values_stride, residual_stride, out_stride, epsilon,
+    x, first, second, gain, parts, bias, residual, out, next_gain, next_values, next_squares, rows, outputs,
+    x_stride, values_stride, residual_stride, out_stride, next_stride, squares_stride, epsilon,
     K: tl.constexpr, COMPUTE: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
+    MOST_PARTS: tl.constexpr, LEAVES: tl.constexpr, NEXT_ADDS_ONE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rows, tiles of outputs); SLICES * SLICE inputs or fewer."""
+    """Grid (tiles of rows, tiles of outputs); SLICES * SLICE inputs or fewer. The rest is `few_rows_kernel`'s."""
     EVEN: tl.constexpr = K == SLICES * SLICE
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -37,10 +38,16 @@ def whole_rows_kernel(
     weights = load(first + at, k < K, EVEN, "evict_first")
     if GATED:
         more = load(second + at, k < K, EVEN, "evict_first")
+    biases, gains = gains_of(bias, next_gain, n, outputs, HAS_BIAS, LEAVES, NEXT_ADDS_ONE)
     if PDL:
         gdc_wait()
     values = load(x + tl.minimum(m, rows - 1)[None, :, None] * x_stride + k, k < K, EVEN, "evict_last")
+    added = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if HAS_RESIDUAL:
+        added = added_to(residual, n, m, rows, outputs, residual_stride)
     squares = tl.zeros((BLOCK_M,), tl.float32)
+    if PARTS:
+        squares = left_squares(parts, m, rows, squares_stride, PARTS, MOST_PARTS)
     if HAS_NORM:
         wide = values.to(tl.float32)
         squares = tl.sum(tl.sum(wide * wide, 2), 0)
@@ -51,6 +58,7 @@ def whole_rows_kernel(
     if GATED:
         other = tl.sum(tl.dot(more, right, input_precision="ieee"), 0)
     finish(
-        sums, other, squares, bias, residual, out, n, m, rows, outputs, residual_stride, out_stride, epsilon,
-        K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+        sums, other, squares, biases, added, gains, out, next_values, next_squares, n, m, tl.program_id(1), rows,
+        outputs, out_stride, next_stride, squares_stride, epsilon,
+        K, GATED, HAS_NORM or PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, LEAVES,
     )  # fmt: skip

@@ -1,0 +1,303 @@
+"""The kernels that make up a product of few rows: chosen by what was measured, with all that they are launched with."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from shoestring.engine.cuda.linear_kernels import few_rows_kernel
+from shoestring.engine.cuda.one_row_kernels import norm_kernel, one_row_kernel
+from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Problem, Tuning
+from shoestring.engine.cuda.weights import DeviceWeight
+from shoestring.engine.cuda.whole_rows_kernel import whole_rows_kernel
+from shoestring.errors import RequestError
+
+__all__ = [
+    "KIND_BITS",
+    "Launch",
+    "LinearWorkspace",
+    "Norm",
+    "Product",
+    "ScaledRows",
+    "chosen",
+    "launches",
+    "left_by",
+]
+
+_TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_PTX = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+KIND_BITS = {"dense": 0, "int8": 8, "int4": 4}
+"""Bits of a quantised weight, 0 for dense ones: what kernels call KIND."""
+_MOST_PARTS = 256
+
+
+class Norm(Protocol):
+    """An RMSNorm: `x / sqrt(mean(x^2) + epsilon) * gain`, or `* (1 + gain)` where `adds_one`."""
+
+    @property
+    def gain(self) -> Tensor:
+        """[K]."""
+
+    @property
+    def epsilon(self) -> float:
+        """What keeps rows of zeros from being divided by zero."""
+
+    @property
+    def adds_one(self) -> bool:
+        """Whether the gain is stored less one (Gemma)."""
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """What a product left for the RMSNorm behind it: rows with the norm's gain, not yet divided by their sizes."""
+
+    values: Float[Tensor, "M K"]
+    """In the type that products are computed in."""
+    squares: Float[Tensor, "parts M"]
+    """The sums of squares of the rows' parts (without the gain), float32."""
+
+
+@dataclass(frozen=True)
+class LinearWorkspace:
+    """Room for shares of split sums, and for rows on their way through a norm; one serves all products of a stream, one
+    after another.
+    """
+
+    shares: Tensor
+    arrived: Tensor
+    normed: Tensor
+    squares: Tensor
+
+    @classmethod
+    def allocate(
+        cls, device: torch.device | str, *, width: int, shares: int = 1 << 23, tiles: int = 1 << 12
+    ) -> "LinearWorkspace":
+        """Room for inputs at most `width` wide; a split that would need more than `shares` floats is not made."""
+        return cls(
+            torch.zeros(shares, dtype=torch.float32, device=device),
+            torch.zeros(tiles, dtype=torch.int32, device=device),
+            torch.zeros(MAX_ROWS * width * 2, dtype=torch.float16, device=device),
+            torch.zeros(_MOST_PARTS, MAX_ROWS, dtype=torch.float32, device=device),
+        )
+
+    def rows(self, count: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        """Room for rows [count, width]; None where it is too small."""
+        room = self.normed.view(dtype)
+        return room[: count * width].view(count, width) if count * width <= len(room) else None
+
+
+@dataclass(frozen=True)
+class Product:
+    """`activation(norm(x) W^T + bias) + residual`, or `activation(norm(x) W^T) * (norm(x) up^T)`, into `out`.
+
+    Args:
+        scaled: what an earlier product left for `norm`, where it did.
+        next_norm: the norm behind this product, to leave its rows for.
+    """
+
+    x: Float[Tensor, "M K"]
+    weight: DeviceWeight
+    up: DeviceWeight | None
+    out: Float[Tensor, "M N"]
+    norm: Norm | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str | None = None
+    scaled: ScaledRows | None = None
+    next_norm: Norm | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """What configurations are kept for."""
+        weight = self.weight
+        kind = str(weight.dtype).removeprefix("torch.") if weight.kind == "dense" else weight.kind
+        return Problem(weight.outputs, weight.inputs, len(self.x), kind, self.up is not None, weight.dtype)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all that it is launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+    def run(self) -> None:
+        """Put it on the current stream."""
+        self.kernel[self.grid](*self.arguments, **self._options())
+
+    def compile(self) -> None:
+        """Compile it, without a run (inside `triton.AsyncCompileMode`: in the background)."""
+        self.kernel.warmup(*self.arguments, grid=self.grid, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        early = {"launch_pdl": True} if self.constants.get("PDL") else {}
+        return {**self.constants, "num_warps": self.warps, "num_stages": self.stages, **early}
+
+
+def chosen(product: Product, tuning: Tuning) -> LaunchConfig:
+    """How it is launched by what was measured."""
+    return tuning.config(product.problem, _processors(product.x.device))
+
+
+def left_by(product: Product, config: LaunchConfig, workspace: LinearWorkspace | None) -> ScaledRows | None:
+    """Where the product leaves its rows for the norm behind it; None where it does not."""
+    rows, width = product.out.shape
+    if (
+        product.next_norm is None
+        or workspace is None
+        or config.kernel == "one_row"
+        or product.scaled is not None
+    ):
+        return None  # what it reads lies where it would leave its own
+    parts, room = triton.cdiv(width, config.block_n), workspace.rows(rows, width, product.weight.dtype)
+    if room is None or parts > len(workspace.squares):
+        return None
+    return ScaledRows(room, workspace.squares[:parts, :rows])
+
+
+def launches(
+    product: Product, workspace: LinearWorkspace | None, tuning: Tuning, config: LaunchConfig | None = None
+) -> Iterator[Launch]:
+    """The kernels that make up a product of at most `MAX_ROWS` rows, in order."""
+    x, weight, up, out, norm = product.x, product.weight, product.up, product.out, product.norm
+    rows, inputs = x.shape
+    if not rows:
+        return
+    config = config or chosen(product, tuning)
+    if config.kernel == "one_row" and rows != 1:
+        raise RequestError(f"a one-row launch was chosen for {rows} rows")
+    if config.kernel == "whole_rows" and (weight.kind != "dense" or inputs > config.block_k):
+        raise RequestError(
+            f"a launch of {config.block_k} dense inputs was chosen for {inputs} of {weight.kind}"
+        )
+    interpreted = x.device.type == "cpu"
+    pdl = tuning.pdl and not interpreted
+    epsilon = 0.0 if norm is None else norm.epsilon
+    scaled = None if norm is None or config.kernel == "one_row" else product.scaled
+    if scaled is not None:
+        x, norm = scaled.values, None
+    elif norm is not None and workspace is not None and not config.fuse_norm:
+        normed = workspace.rows(rows, inputs, weight.dtype)
+        if normed is not None:
+            yield Launch(
+                norm_kernel,
+                (rows,),
+                (x, norm.gain, normed, x.stride(0), normed.stride(0), norm.epsilon),
+                {"K": inputs, "ADDS_ONE": norm.adds_one, "BLOCK": triton.next_power_of_2(inputs), "PDL": pdl},
+                warps=8 if inputs > 2048 else 4,
+            )
+            x, norm = normed, None
+    second = weight if up is None else up
+    first_scales = weight.values if weight.scales is None else weight.scales
+    second_scales = second.values if second.scales is None else second.scales
+    gain = x if norm is None else norm.gain
+    bias = x if product.bias is None else product.bias
+    residual = out if product.residual is None else product.residual
+    scales_stride = 0 if weight.scales is None else weight.scales.stride(0)
+    constants: dict[str, Any] = {
+        "K": inputs, "GATED": up is not None, "HAS_NORM": norm is not None,
+        "ADDS_ONE": norm is not None and norm.adds_one, "HAS_BIAS": product.bias is not None,
+        "HAS_RESIDUAL": product.residual is not None, "ACTIVATION": product.activation or "",
+        "BLOCK_N": config.block_n, "PDL": pdl,
+    }  # fmt: skip
+    streaming: dict[str, Any] = {
+        "KIND": KIND_BITS[weight.kind], "BLOCK_K": config.block_k, "STAGES": config.stages, "LINES": config.lines,
+        "PTX": "" if interpreted or not config.ptx else _PTX.get(weight.dtype, ""),
+    }  # fmt: skip
+    tiles_n = triton.cdiv(weight.outputs, config.block_n)
+    if config.kernel == "one_row":
+        yield Launch(
+            one_row_kernel,
+            (tiles_n,),
+            (
+                x, weight.values, first_scales, second.values, second_scales, gain, bias, residual, out,
+                weight.outputs, weight.values.stride(0), scales_stride, epsilon,
+            ),
+            {**constants, **streaming, "UNROLL": config.unroll},
+            config.warps,
+            config.stages,
+        )  # fmt: skip
+        return
+    left, next_norm = left_by(product, config, workspace), product.next_norm
+    parts = 0 if scaled is None else len(scaled.squares)
+    squares = scaled.squares if scaled is not None else left.squares if left is not None else None
+    constants |= {
+        "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "PARTS": parts,
+        "MOST_PARTS": triton.next_power_of_2(max(parts, 1)), "LEAVES": left is not None,
+        "NEXT_ADDS_ONE": left is not None and next_norm is not None and next_norm.adds_one,
+    }  # fmt: skip
+    around = (
+        gain, x if scaled is None else scaled.squares, bias, residual, out,
+        gain if left is None or next_norm is None else next_norm.gain, out if left is None else left.values,
+        out if left is None else left.squares,
+    )  # fmt: skip
+    strides = (
+        residual.stride(0), out.stride(0), 0 if left is None else left.values.stride(0),
+        0 if squares is None else squares.stride(0), epsilon,
+    )  # fmt: skip
+    tiles_m = triton.cdiv(rows, config.block_m)
+    if config.kernel == "whole_rows":
+        yield Launch(
+            whole_rows_kernel,
+            (tiles_m, tiles_n),
+            (
+                x, weight.values, second.values, *around, rows, weight.outputs, x.stride(0), weight.values.stride(0),
+                *strides,
+            ),
+            {**constants, "SLICES": config.slices, "SLICE": config.block_k // config.slices},
+            config.warps,
+        )  # fmt: skip
+        return
+    share = config.block_n * config.block_m * (1 if up is None else 2) + config.block_m
+    if workspace is None or tiles_m * tiles_n > len(workspace.arrived):
+        config = replace(config, split_k=1)
+    elif tiles_m * tiles_n * share * config.split_k > len(workspace.shares):
+        config = replace(config, split_k=max(1, len(workspace.shares) // (tiles_m * tiles_n * share)))
+    scratch = (out, out) if workspace is None else (workspace.shares, workspace.arrived)
+    yield Launch(
+        few_rows_kernel,
+        (tiles_m, tiles_n, config.split_k),
+        (
+            x, weight.values, first_scales, second.values, second_scales, *around, *scratch,
+            *_tiles(x, weight, second, config, norm is None), rows, weight.outputs, x.stride(0),
+            weight.values.stride(0), scales_stride, *strides,
+        ),
+        {
+            **constants, **streaming, "SPLIT_K": config.split_k,
+            "WRITTEN": config.written and weight.kind != "dense",
+        },
+        config.warps,
+        config.stages,
+    )  # fmt: skip
+
+
+def _tiles(
+    x: Tensor, first: DeviceWeight, second: DeviceWeight, config: LaunchConfig, plain: bool
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None, TensorDescriptor | None]:
+    """Descriptors of x's and the weights' tiles for Hopper's copy engine, where it is to bring them and can."""
+    sources = (x, first.values, second.values)
+    able = config.tma and plain and first.kind == "dense" and x.dtype == first.dtype
+    if not able or any(one.data_ptr() % 16 or one.stride(0) * one.element_size() % 16 for one in sources):
+        return None, None, None
+    heights = (config.block_m, config.block_n, config.block_n)
+    made = [
+        TensorDescriptor(one, list(one.shape), list(one.stride()), [height, config.block_k])
+        for one, height in zip(sources, heights, strict=True)
+    ]
+    return made[0], made[1], made[2]
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
