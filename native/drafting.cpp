@@ -7,6 +7,8 @@
 namespace shoestring {
 namespace {
 
+constexpr double kSlack = 1 + 1e-9;  // sums round: nothing that may be as good as the best is given up
+
 uint64_t gram_key(const int32_t* tokens, int length) {
   uint64_t key = 0xcbf29ce484222325ULL;
   for (int i = 0; i < length; ++i) {
@@ -30,6 +32,37 @@ struct Offer {
   bool operator<(const Offer& other) const {
     return chance != other.chance ? chance < other.chance : order > other.order;
   }
+};
+
+// Expected tokens of the rows taken so far, by falling chance, and the most of them per second.
+class Speed {
+ public:
+  Speed(size_t most, Seconds seconds)
+      : seconds_(seconds.of), last_(std::min(most + 1, seconds.count)), fastest_(last_ ? 1 / seconds_[0] : 0) {}
+
+  // Whether some number of further rows, each with at most this chance, may give more.
+  bool may_gain(double chance) const {
+    if (!seconds_) return true;
+    for (size_t row = rows_ + 1; row < last_; ++row) {
+      if ((expected_ + static_cast<double>(row - rows_) * chance) * kSlack > fastest_ * seconds_[row]) return true;
+    }
+    return false;
+  }
+
+  void take(double chance) {
+    expected_ += chance;
+    if (++rows_ >= last_) return;
+    const double speed = expected_ / seconds_[rows_];
+    if (speed > fastest_) best_ = rows_, fastest_ = speed;
+  }
+
+  // How many of the rows to keep: of equal speeds the fewest, where rows cost nothing all.
+  size_t best() const { return seconds_ ? best_ : rows_; }
+
+ private:
+  const double* seconds_;
+  size_t last_, rows_ = 0, best_ = 0;
+  double expected_ = 1.0, fastest_;
 };
 
 }  // namespace
@@ -181,7 +214,7 @@ void Guesses::weigh(const std::vector<Found>& found, std::vector<Candidate>& can
   for (Candidate& one : candidates) one.chance /= sum;
 }
 
-Grown Guesses::grow(size_t most, double least, const Predictions& predictions) const {
+Grown Guesses::grow(size_t most, double least, const Predictions& predictions, Seconds seconds) const {
   Grown grown;
   if (tokens_.empty() || most == 0) return grown;
   std::priority_queue<Offer> heap;
@@ -196,10 +229,12 @@ Grown Guesses::grow(size_t most, double least, const Predictions& predictions) c
     for (const Candidate& one : candidates) heap.push({chance * one.chance, order++, node, one.token, one.source});
   };
   const Tail root = tail();
+  Speed speed(most, seconds);
   offer(-1, 1.0, root, 0);
-  while (!heap.empty() && grown.tokens.size() < most) {
+  while (!heap.empty() && grown.tokens.size() < most && speed.may_gain(heap.top().chance)) {
     const Offer next = heap.top();
     heap.pop();
+    speed.take(next.chance);
     const auto node = static_cast<int32_t>(grown.tokens.size());
     Tail below = next.parent < 0 ? root : tails[next.parent];
     below.push(next.token, longest_);
@@ -216,7 +251,7 @@ Grown Guesses::grow(size_t most, double least, const Predictions& predictions) c
 }
 
 Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& chances, const std::vector<double>& gains,
-               double least, size_t most, const double* seconds, size_t count) {
+               double least, size_t most, Seconds seconds) {
   if (parents.size() < chances.size()) throw std::invalid_argument("a parent is needed for each chance");
   const size_t drafted = chances.size();
   std::vector<double> ends(drafted + 1);  // by row, the last token's first: the chance that the path ends there
@@ -227,35 +262,35 @@ Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& c
     if (parent < -1 || parent >= static_cast<int32_t>(node)) throw std::invalid_argument("a parent comes before its node");
     ends[parent + 1] -= chances[node];
   }
+  // Of equals a drafted row goes first, then the look-ahead row nearer to the token above it. A drafted row's chance is at
+  // most its parent's, and a look-ahead row's value that of the one above it, so that any first rows hang together.
   struct Row {
     double value;
     int32_t place, node;  // place: of a look-ahead row below its node, -1 for a drafted one
+    bool operator<(const Row& other) const {
+      if (value != other.value) return value < other.value;
+      return place != other.place ? place > other.place : node > other.node;
+    }
   };
-  std::vector<Row> rows;
-  rows.reserve(drafted * (1 + gains.size()) + gains.size());
-  for (size_t node = 0; node < drafted; ++node) rows.push_back({chances[node], -1, static_cast<int32_t>(node)});
+  std::priority_queue<Row> next;  // the drafted rows' first one, and that of each chain
+  if (drafted) next.push({chances[0], -1, 0});
   for (size_t row = 0; row <= drafted && !gains.empty(); ++row) {
-    if (!(ends[row] * gains[0] > least)) continue;
-    for (size_t place = 0; place < gains.size(); ++place) {
-      rows.push_back({ends[row] * gains[place], static_cast<int32_t>(place), static_cast<int32_t>(row) - 1});
+    if (ends[row] * gains[0] > least) next.push({ends[row] * gains[0], 0, static_cast<int32_t>(row) - 1});
+  }
+  Speed speed(most, seconds);
+  std::vector<Row> rows;
+  while (!next.empty() && rows.size() < most && speed.may_gain(next.top().value)) {
+    Row row = next.top();
+    next.pop();
+    rows.push_back(row);
+    speed.take(row.value);
+    if (row.place < 0) {
+      if (static_cast<size_t>(++row.node) < drafted) next.push({chances[row.node], -1, row.node});
+    } else if (static_cast<size_t>(++row.place) < gains.size()) {
+      next.push({ends[row.node + 1] * gains[row.place], row.place, row.node});
     }
   }
-  // Of equals a drafted row goes first, then the look-ahead row nearer to the token above it. A drafted row's chance is at
-  // most its parent's, and a look-ahead row's value that of the one above it, so that any first rows hang together.
-  std::stable_sort(rows.begin(), rows.end(), [](const Row& one, const Row& other) {
-    return one.value != other.value ? one.value > other.value : one.place < other.place;
-  });
-  size_t taken = std::min(most, rows.size());
-  if (count) {
-    size_t best = 0;
-    double expected = 1.0, fastest = expected / seconds[0];
-    for (size_t row = 0; row < taken && row + 1 < count; ++row) {
-      expected += rows[row].value;
-      const double speed = expected / seconds[row + 1];
-      if (speed > fastest) best = row + 1, fastest = speed;
-    }
-    taken = best;
-  }
+  const size_t taken = speed.best();
   Plan plan;
   std::vector<int32_t> below(drafted + 1, 0);
   for (size_t row = 0; row < taken; ++row) {

@@ -54,6 +54,12 @@ struct Grown {
 
 using Predictions = std::vector<std::vector<int32_t>>;
 
+// Seconds of a step with 0, 1, ... rows beside the last token's; empty: rows cost nothing.
+struct Seconds {
+  const double* of = nullptr;
+  size_t count = 0;
+};
+
 class Guesses {
  public:
   Guesses(AcceptanceRates& rates, int longest, size_t pairs);
@@ -62,7 +68,9 @@ class Guesses {
   void forget();
   void extend(const int32_t* tokens, size_t count);
   size_t length() const { return tokens_.size(); }
-  Grown grow(size_t most, double least, const Predictions& predictions) const;
+  // At most `most` nodes; the first one below `least` is the last one. Where rows cost something, growth stops when no
+  // number of further nodes can give more tokens per second than the best one so far.
+  Grown grow(size_t most, double least, const Predictions& predictions, Seconds seconds) const;
   void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
   void remember(int32_t before, int32_t token, const std::vector<int32_t>& successors);
 
@@ -113,9 +121,9 @@ struct Plan {
 };
 
 // The rows with the most expected tokens per second. `gains[j]`: the chance that the j-th look-ahead row below the token
-// where the path ends foresees one that nothing else does, falling; rows worth `least` or less are left out. `seconds`, of a
-// step with 0, 1, ... rows beside the last token's, limits the rows; empty: the `most` best ones whatever they cost.
+// where the path ends foresees one that nothing else does, falling; rows worth `least` or less are left out. Where rows cost
+// nothing, they are the `most` best ones.
 Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& chances, const std::vector<double>& gains,
-               double least, size_t most, const double* seconds, size_t count);
+               double least, size_t most, Seconds seconds);
 
 }  // namespace shoestring

@@ -28,9 +28,20 @@ def pair(known=None):
     return made
 
 
-def grown(guesses, most, least, predictions):
-    tokens, parents, sources, chances = guesses.grow(most, least, predictions)
+def grown(guesses, most, least, predictions, seconds=None):
+    tokens, parents, sources, chances = guesses.grow(most, least, predictions, seconds)
     return list(tokens), list(parents), list(sources), list(chances)
+
+
+def some_seconds(chance, most):
+    """Of a step with 0, 1, ..., `most` rows: at times flat, at times in proportion, with steps."""
+    more = chance.choice([[0.0], [0.25], [1.0], [0.0, 0.1], [0.0, 0.0, 0.0, 2.0], [0.01, 0.3, 0.5]])
+    return np.cumsum([1.0, *(chance.choice(more) for _ in range(max(0, most)))])
+
+
+def best_rows(chances, seconds):
+    expected = np.cumsum([1.0, *chances])
+    return int(np.argmax(expected / seconds[: len(expected)]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,6 +75,14 @@ def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, a
             guesses.extend(text[len(guesses) :])
         drafts = [grown(guesses, most, least, predictions) for _, guesses in made]
         assert drafts[0] == drafts[1]
+        seconds = some_seconds(chance, most)
+        stopped = [grown(guesses, most, least, predictions, seconds) for _, guesses in made]
+        assert stopped[0] == stopped[1]
+        rows = len(stopped[0][0])
+        assert stopped[0] == tuple(column[:rows] for column in drafts[0])
+        assert best_rows(stopped[0][3], seconds) == best_rows(drafts[0][3], seconds), (
+            "nothing that pays is missed"
+        )
         emitted = some(chance.randint(1, 4))
         rows = chance.randint(1, 8)
         remembered = (some(rows), some(rows), [successors() for _ in range(rows)])
@@ -94,6 +113,15 @@ def test_the_oldest_pairs_make_room_in_both(monkeypatch):
             guesses.extend([last // 6, last % 6])
             drafts.append(grown(guesses, 6, 0.0, []))
         assert drafts[0] == drafts[1]
+
+
+def test_growth_ends_where_nothing_more_can_pay():
+    for _, guesses in pair():
+        guesses.extend([1, 2, 3] * 4)
+        guesses.remember([3] * 3, [1, 2, 3], [[5, 6, 7, 8]] * 3)
+        assert len(grown(guesses, 40, 0.0, [])[0]) == 40
+        assert 0 < len(grown(guesses, 40, 0.0, [], np.linspace(1.0, 5.0, 41))[0]) < 12
+        assert not grown(guesses, 40, 0.0, [], np.linspace(1.0, 41.0, 41))[0], "a row costs as much as a step"
 
 
 def test_what_was_forgotten_is_not_drafted():
@@ -130,10 +158,7 @@ def test_both_plan_the_same_rows(seed, nodes, ahead, least, most, costs, coarse)
     parents = [number_of[parents[node]] for node in order]
     chances = [chances[node] for node in order]
     gains = sorted((number() for _ in range(ahead)), reverse=True)
-    seconds = None
-    if costs:
-        rows = max(0, most) + 1
-        seconds = np.cumsum([1.0, *(chance.choice([0.0, 0.05, 0.3]) for _ in range(rows - 1))])
+    seconds = some_seconds(chance, most) if costs else None
     found = plan_rows(parents, chances, gains, least, most, seconds)
     assert found == plain_plan_rows(parents, chances, gains, least, most, seconds)
     kept, chains = found

@@ -22,6 +22,7 @@ __all__ = ["Guesses", "PlainGuesses", "make_guesses", "plain_plan_rows", "plan_r
 
 _MOST_RANK = 32  # of a source's guesses
 _PAIRS = 200_000
+_SLACK = 1 + 1e-9  # sums round: nothing that may be as good as the best is given up
 
 Predictions = Sequence[Sequence[int]]
 """Per position after the last token, tokens that may stand there, best first (PaSS)."""
@@ -43,8 +44,14 @@ class Guesses(Protocol):
 
     def __len__(self) -> int: ...
 
-    def grow(self, most: int, least: float, predictions: Predictions) -> Grown:
-        """At most `most` nodes by falling chance; the first one below `least` is the last one."""
+    def grow(
+        self, most: int, least: float, predictions: Predictions, seconds: np.ndarray | None = None
+    ) -> Grown:
+        """At most `most` nodes by falling chance; the first one below `least` is the last one.
+
+        `seconds`, of a step with 0, 1, ... nodes (`StepCost.table`), ends growth where no number of further nodes can
+        give more tokens per second than the best one so far; None: they cost nothing.
+        """
 
     def judge(self, emitted: list[int], predictions: Predictions) -> None:
         """Count which guesses at the tokens that follow the sequence came true."""
@@ -86,9 +93,7 @@ def plan_rows(
     native = native_part()
     if native is None or not hasattr(native, "plan_rows"):
         return plain_plan_rows(parents, chances, gains, least, most, seconds)
-    count, chains = native.plan_rows(
-        parents, chances, gains, least, most, np.empty(0) if seconds is None else seconds
-    )
+    count, chains = native.plan_rows(parents, chances, gains, least, most, seconds)
     return count, chains
 
 
@@ -117,6 +122,30 @@ def plain_plan_rows(
     kept = int((order < drafted).sum())
     below = Counter(nodes[order[order >= drafted]].tolist())
     return kept, sorted((node, count) for node, count in below.items() if node < kept)
+
+
+class _Speed:
+    """Expected tokens of the rows taken so far, by falling chance, and the most of them per second."""
+
+    def __init__(self, seconds: np.ndarray | None) -> None:
+        self._seconds = seconds
+        self._rows, self._expected = 0, 1.0
+        self._fastest = 0.0 if seconds is None else 1 / seconds[0]
+
+    def may_gain(self, chance: float) -> bool:
+        """Whether some number of further rows, each with at most this chance, may give more."""
+        if self._seconds is None:
+            return True
+        seconds = self._seconds[self._rows + 1 :]
+        expected = self._expected + np.arange(1, len(seconds) + 1) * chance
+        return bool((expected * _SLACK > self._fastest * seconds).any())
+
+    def take(self, chance: float) -> None:
+        """Take another row."""
+        self._rows += 1
+        self._expected += chance
+        if self._seconds is not None and self._rows < len(self._seconds):
+            self._fastest = max(self._fastest, self._expected / self._seconds[self._rows])
 
 
 class PlainGuesses:
@@ -150,8 +179,10 @@ class PlainGuesses:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def grow(self, most: int, least: float, predictions: Predictions) -> Grown:
-        """At most `most` nodes by falling chance; the first one below `least` is the last one."""
+    def grow(
+        self, most: int, least: float, predictions: Predictions, seconds: np.ndarray | None = None
+    ) -> Grown:
+        """At most `most` nodes by falling chance; growth ends as `Guesses.grow` says."""
         tokens: list[int] = []
         parents: list[int] = []
         sources: list[int] = []
@@ -159,6 +190,7 @@ class PlainGuesses:
         heap: list[tuple[float, int, int, int, str, tuple[int, ...]]] = []
         depths = {ROOT: 0}
         order = 0
+        speed = _Speed(None if seconds is None else seconds[: max(most, 0) + 1])
 
         def offer(node: int, chance: float, tail: tuple[int, ...]) -> None:
             nonlocal order
@@ -169,13 +201,14 @@ class PlainGuesses:
 
         if most > 0 and self._tokens:
             offer(ROOT, 1.0, tuple(self._tokens[-self._longest :]))
-        while heap and len(tokens) < most:
+        while heap and len(tokens) < most and speed.may_gain(-heap[0][0]):
             negative, _, parent, token, source, tail = heapq.heappop(heap)
             node = len(tokens)
             tokens.append(token)
             parents.append(parent)
             sources.append(SOURCES.index(source))
             chances.append(-negative)
+            speed.take(-negative)
             depths[node] = depths[parent] + 1
             if -negative < least:
                 break

@@ -85,7 +85,8 @@ class MergedDrafter:
         if cost is not None:
             most = min(most, cost.most_rows // context.batch - 1)
         least = 0.0 if cost is None else _LEAST_CHANCE
-        tokens, parents, sources, chances = guesses.grow(most, least, self._predictions)
+        seconds = None if cost is None else cost.table(max(most, 0), context.batch)
+        tokens, parents, sources, chances = guesses.grow(most, least, self._predictions, seconds)
         rows = len(chances) if cost is None else cost.best_rows(chances, context.batch)
         draft = Draft(tokens, parents, top_k=self._top_k)
         draft.owners = {node: _OWNERS[source] for node, source in enumerate(sources)}
