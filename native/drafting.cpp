@@ -306,6 +306,33 @@ Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& c
   return plan;
 }
 
+Drafted Guesses::draft(size_t most, double least, const Predictions& predictions, Seconds seconds, size_t ahead,
+                       double least_value) const {
+  Grown grown = grow(most, least, predictions, seconds);
+  Speed speed(most, seconds);
+  for (const double chance : grown.chances) speed.take(chance);
+  grown.chances.resize(speed.best());
+  std::vector<double> gains;
+  for (size_t place = 0; place < ahead; ++place) {
+    const double rate = rates_.rate({kOnlyPass, static_cast<int>(place) + 1, 0});
+    gains.push_back(std::min(rate, gains.empty() ? 1.0 : gains.back()));
+  }
+  Plan plan = plan_rows(grown.parents, grown.chances, gains, least_value, most, seconds);
+  Drafted drafted{std::move(grown.tokens), std::move(grown.parents), std::move(grown.sources), std::move(plan.chains)};
+  drafted.tokens.resize(plan.kept);
+  drafted.parents.resize(plan.kept);
+  drafted.sources.resize(plan.kept);
+  for (const auto& [node, rows] : drafted.chains) {
+    for (int32_t row = 0, parent = node; row < rows; ++row) {
+      drafted.parents.push_back(parent);
+      parent = static_cast<int32_t>(drafted.tokens.size());
+      drafted.tokens.push_back(-1);
+      drafted.sources.push_back(kSources);
+    }
+  }
+  return drafted;
+}
+
 void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& predictions) {
   if (tokens_.empty()) return;
   Tail above = tail();
@@ -318,11 +345,11 @@ void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& pred
       rates_.observe(one.guess, hit);
       (one.guess.source == kPass ? passed : others) |= hit;
     }
-    if (depth < predictions.size()) rates_.observe({kPass + 1, static_cast<int>(depth) + 1, 0}, passed && !others);
+    if (depth < predictions.size()) rates_.observe({kOnlyPass, static_cast<int>(depth) + 1, 0}, passed && !others);
     above.push(emitted[depth], longest_);
   }
   for (size_t depth = emitted.size(); depth < predictions.size(); ++depth) {
-    rates_.observe({kPass + 1, static_cast<int>(depth) + 1, 0}, false);
+    rates_.observe({kOnlyPass, static_cast<int>(depth) + 1, 0}, false);
   }
 }
 

@@ -12,7 +12,7 @@
 
 namespace shoestring {
 
-constexpr int kNgram = 0, kRecycle = 1, kPass = 2, kSources = 4;  // the fourth: a token that PaSS alone foresaw
+constexpr int kNgram = 0, kRecycle = 1, kPass = 2, kOnlyPass = 3, kSources = 4;  // kOnlyPass: what PaSS alone foresaw
 constexpr int kMostLength = 32, kMostRank = 32, kMostTail = 16;
 
 // A kind of guess: source, length of the context that it matched (PaSS: position), rank among that source's guesses.
@@ -60,6 +60,13 @@ struct Seconds {
   size_t count = 0;
 };
 
+// A step's rows below the last token's: nodes of the trie, then look-ahead rows (token -1, source kSources).
+struct Drafted {
+  std::vector<int32_t> tokens, parents;
+  std::vector<int> sources;
+  std::vector<std::pair<int32_t, int32_t>> chains;  // node, look-ahead rows below it; in the rows' order
+};
+
 class Guesses {
  public:
   Guesses(AcceptanceRates& rates, int longest, size_t pairs);
@@ -71,6 +78,10 @@ class Guesses {
   // At most `most` nodes; the first one below `least` is the last one. Where rows cost something, growth stops when no
   // number of further nodes can give more tokens per second than the best one so far.
   Grown grow(size_t most, double least, const Predictions& predictions, Seconds seconds) const;
+  // The first nodes of such a trie that give the most tokens per second, and among them at most `ahead` look-ahead rows
+  // below a node, each worth more than `least_value` (`plan_rows`).
+  Drafted draft(size_t most, double least, const Predictions& predictions, Seconds seconds, size_t ahead,
+                double least_value) const;
   void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
   void remember(int32_t before, int32_t token, const std::vector<int32_t>& successors);
 

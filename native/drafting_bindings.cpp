@@ -85,6 +85,15 @@ void bind_drafting(nb::module_& module) {
              return nb::make_tuple(grown.tokens, grown.parents, grown.sources, grown.chances);
            },
            nb::arg("most"), nb::arg("least"), nb::arg("predictions"), nb::arg("seconds").none())
+      .def("draft",
+           [](const HeldGuesses& self, int64_t most, double least, const Predictions& predictions, const Table& seconds,
+              size_t ahead, double least_value) {
+             Drafted drafted =
+                 self.guesses.draft(count_of(most), least, predictions, seconds_of(seconds), ahead, least_value);
+             return nb::make_tuple(drafted.tokens, drafted.parents, drafted.sources, drafted.chains);
+           },
+           nb::arg("most"), nb::arg("least"), nb::arg("predictions"), nb::arg("seconds").none(), nb::arg("ahead"),
+           nb::arg("least_value"))
       .def("judge", [](HeldGuesses& self, const std::vector<int32_t>& emitted,
                        const Predictions& predictions) { self.guesses.judge(emitted, predictions); })
       .def("remember",

@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoestring.decoding.drafters.guesses import PlainGuesses, make_guesses, plain_plan_rows, plan_rows
+from shoestring.decoding.drafters.guesses import PlainGuesses, make_guesses, plan_rows
+from shoestring.decoding.drafters.protocol import ROOT
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, native_part
+from shoestring.decoding.tune import best_rows
+from shoestring.engine.tokentree import NO_TOKEN
 
 pytestmark = pytest.mark.skipif(native_part() is None, reason="the native part is not installed")
 
@@ -33,15 +36,25 @@ def grown(guesses, most, least, predictions, seconds=None):
     return list(tokens), list(parents), list(sources), list(chances)
 
 
+def drafted(guesses, most, *arguments):
+    """A draft, whose look-ahead rows stand where its pairs say."""
+    tokens, parents, sources, chains = map(list, guesses.draft(most, *arguments))
+    assert len(tokens) == len(parents) == len(sources) <= max(most, 0)
+    row = kept = len(tokens) - sum(rows for _, rows in chains)
+    assert NO_TOKEN not in tokens[:kept]
+    for node, rows in chains:
+        assert ROOT <= node < kept
+        assert parents[row : row + rows] == [node, *range(row, row + rows - 1)]
+        row += rows
+    assert tokens[kept:] == [NO_TOKEN] * (row - kept)
+    assert sources[kept:] == [len(SOURCES)] * (row - kept)
+    return tokens, parents, sources, chains
+
+
 def some_seconds(chance, most):
     """Of a step with 0, 1, ..., `most` rows: at times flat, at times in proportion, with steps."""
     more = chance.choice([[0.0], [0.25], [1.0], [0.0, 0.1], [0.0, 0.0, 0.0, 2.0], [0.01, 0.3, 0.5]])
     return np.cumsum([1.0, *(chance.choice(more) for _ in range(max(0, most)))])
-
-
-def best_rows(chances, seconds):
-    expected = np.cumsum([1.0, *chances])
-    return int(np.argmax(expected / seconds[: len(expected)]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,9 +93,11 @@ def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, a
         assert stopped[0] == stopped[1]
         rows = len(stopped[0][0])
         assert stopped[0] == tuple(column[:rows] for column in drafts[0])
-        assert best_rows(stopped[0][3], seconds) == best_rows(drafts[0][3], seconds), (
-            "nothing that pays is missed"
-        )
+        assert best_rows(stopped[0][3], seconds) == best_rows(drafts[0][3], seconds)
+        for table in (None, seconds):
+            arguments = (most, least, predictions, table, chance.randrange(5), chance.choice([0.0, 0.02]))
+            both = [drafted(guesses, *arguments) for _, guesses in made]
+            assert both[0] == both[1]
         emitted = some(chance.randint(1, 4))
         rows = chance.randint(1, 8)
         remembered = (some(rows), some(rows), [successors() for _ in range(rows)])
@@ -159,9 +174,8 @@ def test_both_plan_the_same_rows(seed, nodes, ahead, least, most, costs, coarse)
     chances = [chances[node] for node in order]
     gains = sorted((number() for _ in range(ahead)), reverse=True)
     seconds = some_seconds(chance, most) if costs else None
-    found = plan_rows(parents, chances, gains, least, most, seconds)
-    assert found == plain_plan_rows(parents, chances, gains, least, most, seconds)
-    kept, chains = found
+    kept, chains = plan_rows(parents, chances, gains, least, most, seconds)
+    assert native_part().plan_rows(parents, chances, gains, least, most, seconds) == (kept, chains)
     assert kept + sum(count for _, count in chains) <= max(most, 0)
     assert all(-1 <= node < kept and 0 < count <= ahead for node, count in chains)
     if not costs and most >= nodes * (1 + ahead) + ahead:

@@ -20,7 +20,7 @@ from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 
-__all__ = ["ROW_COUNTS", "StepCost", "fingerprint", "measure_step_cost", "remembered_step_cost"]
+__all__ = ["ROW_COUNTS", "StepCost", "best_rows", "fingerprint", "measure_step_cost", "remembered_step_cost"]
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _CONTEXT = 192
@@ -77,9 +77,7 @@ class StepCost:
 
         `chances[i]` is the chance that row i is accepted; each of `batch` sequences drafts alike.
         """
-        expected = np.cumsum([1.0, *chances])
-        # The first of the best: a row that gains nothing is left out.
-        return int(np.argmax(expected / self.table(len(expected) - 1, batch)))
+        return best_rows(chances, self.table(len(chances), batch))
 
     def table(self, rows: int, batch: int = 1) -> np.ndarray:
         """Seconds of a step with 0, 1, ..., `rows` drafted rows for each of `batch` sequences: float64 [rows + 1]."""
@@ -92,6 +90,13 @@ class StepCost:
             table.setflags(write=False)
             self._tables[batch] = table
         return table[: rows + 1]
+
+
+def best_rows(chances: Sequence[float] | np.ndarray, seconds: np.ndarray) -> int:
+    """How many rows, taken in order, give the most expected tokens in the seconds of a step with 0, 1, ... of them."""
+    expected = np.cumsum([1.0, *chances])
+    # The first of the best: a row that gains nothing is left out.
+    return int(np.argmax(expected / seconds[: len(expected)]))
 
 
 def measure_step_cost(

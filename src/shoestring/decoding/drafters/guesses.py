@@ -6,6 +6,7 @@ is counted while decoding. A node's chance is the product of its tokens' chances
 
 import functools
 import heapq
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,10 @@ from shoestring.decoding.drafters.ngram import SuffixIndex
 from shoestring.decoding.drafters.protocol import ROOT
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Guess, native_part
 from shoestring.decoding.drafters.recycle import SuccessorTable
+from shoestring.decoding.tune import best_rows
+from shoestring.engine.tokentree import NO_TOKEN
 
-__all__ = ["Guesses", "PlainGuesses", "make_guesses", "plain_plan_rows", "plan_rows"]
+__all__ = ["Guesses", "PlainGuesses", "make_guesses", "plan_rows"]
 
 _MOST_RANK = 32  # of a source's guesses
 _PAIRS = 200_000
@@ -28,6 +31,11 @@ Predictions = Sequence[Sequence[int]]
 """Per position after the last token, tokens that may stand there, best first (PaSS)."""
 Grown = tuple[list[int], list[int], list[int], list[float]]
 """Nodes in the order in which they were taken: tokens, parents, sources (an index of `SOURCES`), chances."""
+Drafted = tuple[list[int], list[int], list[int], list[tuple[int, int]]]
+"""A step's rows, nodes before look-ahead rows: tokens, parents, sources; and (node or `ROOT`, look-ahead rows below it).
+
+A look-ahead row's token is `NO_TOKEN`, and its source `len(SOURCES)`. They stand in the order of the pairs.
+"""
 
 
 class Guesses(Protocol):
@@ -53,6 +61,21 @@ class Guesses(Protocol):
         give more tokens per second than the best one so far; None: they cost nothing.
         """
 
+    def draft(
+        self,
+        most: int,
+        least: float,
+        predictions: Predictions,
+        seconds: np.ndarray | None,
+        ahead: int,
+        least_value: float,
+    ) -> Drafted:
+        """The first nodes of such a trie, as many as give the most tokens per second, and look-ahead rows below them.
+
+        These compete for rows with the nodes (`plan_rows`): at most `ahead` below a node, each worth more than
+        `least_value`.
+        """
+
     def judge(self, emitted: list[int], predictions: Predictions) -> None:
         """Count which guesses at the tokens that follow the sequence came true."""
 
@@ -69,9 +92,9 @@ def make_guesses(rates: AcceptanceRates, longest: int) -> Guesses:
 
 
 def plan_rows(
-    parents: list[int],
-    chances: list[float],
-    gains: list[float],
+    parents: Sequence[int],
+    chances: Sequence[float],
+    gains: Sequence[float],
     least: float,
     most: int,
     seconds: np.ndarray | None,
@@ -90,22 +113,6 @@ def plan_rows(
 
     Returns: the number of nodes, and (node or `ROOT`, look-ahead rows) by node.
     """
-    native = native_part()
-    if native is None or not hasattr(native, "plan_rows"):
-        return plain_plan_rows(parents, chances, gains, least, most, seconds)
-    count, chains = native.plan_rows(parents, chances, gains, least, most, seconds)
-    return count, chains
-
-
-def plain_plan_rows(
-    parents: list[int],
-    chances: list[float],
-    gains: list[float],
-    least: float,
-    most: int,
-    seconds: np.ndarray | None,
-) -> tuple[int, list[tuple[int, int]]]:
-    """`plan_rows` in NumPy."""
     drafted = len(chances)
     ends = np.array([1.0, *chances])  # by row, the last token's first: the chance that the path ends there
     np.subtract.at(ends, np.array(parents, np.intp) + 1, chances)
@@ -214,6 +221,29 @@ class PlainGuesses:
                 break
             offer(node, -negative, tail)
         return tokens, parents, sources, chances
+
+    def draft(
+        self,
+        most: int,
+        least: float,
+        predictions: Predictions,
+        seconds: np.ndarray | None,
+        ahead: int,
+        least_value: float,
+    ) -> Drafted:
+        """The first nodes of such a trie, as many as give the most tokens per second, and look-ahead rows below them."""
+        tokens, parents, sources, chances = self.grow(most, least, predictions, seconds)
+        if seconds is not None:
+            chances = chances[: best_rows(chances, seconds)]
+        alone = [self._rates.rate(("only pass", place, 0)) for place in range(1, ahead + 1)]
+        gains = list(itertools.accumulate(alone, min))
+        count, chains = plan_rows(parents[: len(chances)], chances, gains, least_value, most, seconds)
+        tokens, parents, sources = tokens[:count], parents[:count], sources[:count]
+        for node, rows in chains:
+            parents += [node, *range(len(tokens), len(tokens) + rows - 1)]
+            tokens += [NO_TOKEN] * rows
+            sources += [len(SOURCES)] * rows
+        return tokens, parents, sources, chains
 
     def judge(self, emitted: list[int], predictions: Predictions) -> None:
         """Count which guesses at the tokens that follow the sequence came true."""
