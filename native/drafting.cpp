@@ -333,8 +333,36 @@ Drafted Guesses::draft(size_t most, double least, const Predictions& predictions
   return drafted;
 }
 
-void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& predictions) {
+void Guesses::observe(const std::vector<int32_t>& emitted, const Predictions& predictions,
+                      const std::vector<int32_t>& tokens, const std::vector<int32_t>& parents,
+                      const std::vector<int32_t>& accepted, const std::vector<std::vector<int32_t>>& successors) {
+  const auto rows = static_cast<int32_t>(tokens.size());
+  if (parents.size() != tokens.size() || successors.size() != tokens.size() + 1) {
+    throw std::invalid_argument("a parent and successors are needed for each row, and successors of the sequence");
+  }
+  for (int32_t row = 0; row < rows; ++row) {
+    if (parents[row] < -1 || parents[row] >= row) throw std::invalid_argument("a parent comes before its node");
+  }
+  std::vector<bool> on_path(rows);
+  for (const int32_t node : accepted) {
+    if (node < 0 || node >= rows) throw std::invalid_argument("no such node was accepted");
+    on_path[node] = true;
+  }
   if (tokens_.empty()) return;
+  judge(emitted, predictions);
+  const int32_t last = tokens_.back();
+  const auto remember_row = [&](int32_t row) {
+    remember(parents[row] < 0 ? last : tokens[parents[row]], tokens[row], successors[row + 1]);
+  };
+  // What the accepted path shows holds longest, then what the likeliest rows do.
+  for (int32_t row = rows - 1; row >= 0; --row) {
+    if (tokens[row] >= 0 && !on_path[row]) remember_row(row);
+  }
+  remember(tokens_.size() > 1 ? tokens_[tokens_.size() - 2] : -1, last, successors[0]);
+  for (const int32_t row : accepted) remember_row(row);
+}
+
+void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& predictions) {
   Tail above = tail();
   std::vector<Found> found;
   for (size_t depth = 0; depth < emitted.size(); ++depth) {

@@ -82,8 +82,11 @@ class Guesses {
   // below a node, each worth more than `least_value` (`plan_rows`).
   Drafted draft(size_t most, double least, const Predictions& predictions, Seconds seconds, size_t ahead,
                 double least_value) const;
-  void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
-  void remember(int32_t before, int32_t token, const std::vector<int32_t>& successors);
+  // Counts which guesses at the tokens emitted behind the sequence came true; then remembers what the model found likely
+  // after the sequence and after each row of a draft, `successors`, the sequence's first.
+  void observe(const std::vector<int32_t>& emitted, const Predictions& predictions, const std::vector<int32_t>& tokens,
+               const std::vector<int32_t>& parents, const std::vector<int32_t>& accepted,
+               const std::vector<std::vector<int32_t>>& successors);
 
  private:
   static constexpr int kMostEnds = 8;
@@ -111,6 +114,8 @@ class Guesses {
   Tail tail() const;
   void find(const Tail& tail, size_t depth, const Predictions& predictions, std::vector<Found>& found) const;
   void weigh(const std::vector<Found>& found, std::vector<Candidate>& candidates) const;
+  void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
+  void remember(int32_t before, int32_t token, const std::vector<int32_t>& successors);
 
   AcceptanceRates& rates_;
   int longest_;

@@ -5,7 +5,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
 #include "drafting.hpp"
@@ -94,16 +93,11 @@ void bind_drafting(nb::module_& module) {
            },
            nb::arg("most"), nb::arg("least"), nb::arg("predictions"), nb::arg("seconds").none(), nb::arg("ahead"),
            nb::arg("least_value"))
-      .def("judge", [](HeldGuesses& self, const std::vector<int32_t>& emitted,
-                       const Predictions& predictions) { self.guesses.judge(emitted, predictions); })
-      .def("remember",
-           [](HeldGuesses& self, const std::vector<int32_t>& before, const std::vector<int32_t>& tokens,
-              const std::vector<std::vector<int32_t>>& successors) {
-             if (before.size() != tokens.size() || tokens.size() != successors.size()) {
-               throw std::invalid_argument("a token before, a token and successors are needed for each row");
-             }
-             for (size_t row = 0; row < tokens.size(); ++row) self.guesses.remember(before[row], tokens[row], successors[row]);
-           });
+      .def("observe", [](HeldGuesses& self, const std::vector<int32_t>& emitted, const Predictions& predictions,
+                         const std::vector<int32_t>& tokens, const std::vector<int32_t>& parents,
+                         const std::vector<int32_t>& accepted, const std::vector<std::vector<int32_t>>& successors) {
+        self.guesses.observe(emitted, predictions, tokens, parents, accepted, successors);
+      });
 }
 
 }  // namespace shoestring

@@ -99,11 +99,14 @@ def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, a
             both = [drafted(guesses, *arguments) for _, guesses in made]
             assert both[0] == both[1]
         emitted = some(chance.randint(1, 4))
-        rows = chance.randint(1, 8)
-        remembered = (some(rows), some(rows), [successors() for _ in range(rows)])
+        rows = chance.randint(0, 8)
+        nodes = [chance.choice([*range(vocabulary), NO_TOKEN]) for _ in range(rows)]
+        parents = [chance.randint(ROOT, row - 1) for row in range(rows)]
+        tokens = [row for row in range(rows) if nodes[row] != NO_TOKEN]
+        path = sorted(chance.sample(tokens, chance.randint(0, min(2, len(tokens)))))
+        likely = [successors() for _ in range(rows + 1)]
         for _, guesses in made:
-            guesses.judge(emitted, predictions)
-            guesses.remember(*remembered)
+            guesses.observe(emitted, predictions, nodes, parents, path, likely)
         text += emitted
     for source in SOURCES:
         for length in range(6):
@@ -119,9 +122,10 @@ def test_the_oldest_pairs_make_room_in_both(monkeypatch):
     made = pair()
     chance = random.Random(3)
     for _ in range(40):
-        row = ([chance.randrange(6)], [chance.randrange(6)], [[chance.randrange(6)]])
+        text, likely = chance.choices(range(6), k=3), chance.choices(range(6), k=2)
         for _, guesses in made:
-            guesses.remember(*row)
+            guesses.extend(text[:2])
+            guesses.observe([], [], text[2:], [ROOT], [0], [[token] for token in likely])
     for last in range(36):
         drafts = []
         for _, guesses in made:
@@ -133,7 +137,7 @@ def test_the_oldest_pairs_make_room_in_both(monkeypatch):
 def test_growth_ends_where_nothing_more_can_pay():
     for _, guesses in pair():
         guesses.extend([1, 2, 3] * 4)
-        guesses.remember([3] * 3, [1, 2, 3], [[5, 6, 7, 8]] * 3)
+        guesses.observe([], [], [1, 2], [ROOT, ROOT], [], [[5, 6, 7, 8]] * 3)
         assert len(grown(guesses, 40, 0.0, [])[0]) == 40
         assert 0 < len(grown(guesses, 40, 0.0, [], np.linspace(1.0, 5.0, 41))[0]) < 12
         assert not grown(guesses, 40, 0.0, [], np.linspace(1.0, 41.0, 41))[0], "a row costs as much as a step"
@@ -142,7 +146,7 @@ def test_growth_ends_where_nothing_more_can_pay():
 def test_what_was_forgotten_is_not_drafted():
     for _, guesses in pair():
         guesses.extend([1, 2, 1, 2])
-        guesses.remember([1], [2], [[7]])
+        guesses.observe([], [], [], [], [], [[7]])
         assert 7 in grown(guesses, 8, 0.0, [])[0]
         guesses.forget()
         guesses.extend([1, 2])

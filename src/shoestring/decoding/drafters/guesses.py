@@ -76,11 +76,23 @@ class Guesses(Protocol):
         `least_value`.
         """
 
-    def judge(self, emitted: list[int], predictions: Predictions) -> None:
-        """Count which guesses at the tokens that follow the sequence came true."""
+    def observe(
+        self,
+        emitted: Sequence[int],
+        predictions: Predictions,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        accepted: Sequence[int],
+        successors: Sequence[Sequence[int]],
+    ) -> None:
+        """Count which guesses at the tokens emitted behind the sequence came true; remember what a step found likely.
 
-    def remember(self, before: list[int], tokens: list[int], successors: list[list[int]]) -> None:
-        """Row by row, what the model found likely after a token behind another one; later rows replace earlier ones."""
+        Args:
+            emitted: tokens that follow the sequence.
+            predictions: those that the draft was made with.
+            tokens, parents, accepted: the draft, `NO_TOKEN` for its look-ahead rows, and the accepted path.
+            successors: tokens likely behind the sequence, and behind each row.
+        """
 
 
 def make_guesses(rates: AcceptanceRates, longest: int) -> Guesses:
@@ -245,10 +257,31 @@ class PlainGuesses:
             sources += [len(SOURCES)] * rows
         return tokens, parents, sources, chains
 
-    def judge(self, emitted: list[int], predictions: Predictions) -> None:
-        """Count which guesses at the tokens that follow the sequence came true."""
+    def observe(
+        self,
+        emitted: Sequence[int],
+        predictions: Predictions,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        accepted: Sequence[int],
+        successors: Sequence[Sequence[int]],
+    ) -> None:
+        """Count which guesses at the tokens emitted behind the sequence came true; remember what a step found likely."""
         if not self._tokens:
             return
+        self._judge(emitted, predictions)
+        # By node, ROOT (-1) at the end: its token, and the one before it.
+        drafted = [*tokens, self._tokens[-1]]
+        before = [*(drafted[parent] for parent in parents), self._tokens[-2] if len(self._tokens) > 1 else -1]
+        # What the accepted path shows holds longest, then what the likeliest rows do.
+        path = {*accepted}
+        others = [
+            node for node in range(len(tokens) - 1, ROOT, -1) if node not in path and tokens[node] != NO_TOKEN
+        ]
+        for node in [*others, ROOT, *accepted]:
+            self._table.update(before[node], drafted[node], successors[node + 1])
+
+    def _judge(self, emitted: Sequence[int], predictions: Predictions) -> None:
         text = [*self._tokens[-self._longest :], *emitted]
         start = len(text) - len(emitted)
         for depth, token in enumerate(emitted):
@@ -262,11 +295,6 @@ class PlainGuesses:
                 self._rates.observe(("only pass", depth + 1, 0), right == {"pass"})
         for depth in range(len(emitted), len(predictions)):
             self._rates.observe(("only pass", depth + 1, 0), False)
-
-    def remember(self, before: list[int], tokens: list[int], successors: list[list[int]]) -> None:
-        """Row by row, what the model found likely after a token behind another one; later rows replace earlier ones."""
-        for behind, token, likely in zip(before, tokens, successors, strict=True):
-            self._table.update(behind, token, likely)
 
     def _weighed(
         self, tail: tuple[int, ...], depth: int, predictions: Predictions

@@ -106,29 +106,15 @@ class MergedDrafter:
 
     def observe(self, step: StepObservation) -> None:
         """Count which guesses came true along the accepted path, then remember all rows' successors."""
-        draft, tokens = step.draft, step.context.tokens
+        draft = step.draft
         if self._governor is not None:
             self._governor.ends(len(step.emitted), 1 + len(draft), counts=step.typical)
         if not draft.top_k:  # a plain step: nothing was guessed
             if self._ahead is not None:
                 self._ahead.forget()
             return
-        self._guesses.judge(list(step.emitted), self._predictions)
+        predictions = self._predictions
         if self._ahead is not None:
             self._ahead.read(step)
-        start = len(tokens) - len(step.emitted)
-        # What the accepted path shows holds longest, then what the likeliest rows do.
-        path = {ROOT, *step.accepted}
-        nodes = [
-            node
-            for node in range(len(draft) - 1, ROOT, -1)
-            if node not in path and node not in draft.embeddings and step.has(node)
-        ]
-        nodes += [ROOT, *step.accepted]
-        # By node, ROOT (-1) at the end: its token, and the one before it.
-        drafted = [*draft.tokens, tokens[start - 1]]
-        before = [drafted[parent] for parent in draft.parents]
-        before.append(tokens[start - 2] if start > 1 else -1)
-        self._guesses.remember(
-            [before[node] for node in nodes], [drafted[node] for node in nodes], step.top_k_of(nodes)
-        )
+        likely = step.top_k_of(range(ROOT, len(draft)))
+        self._guesses.observe(step.emitted, predictions, draft.tokens, draft.parents, step.accepted, likely)

@@ -155,8 +155,8 @@ class StepObservation:
 
     def top_k_of(self, nodes: Sequence[int]) -> list[list[int]]:
         """`top_k` of several nodes."""
-        top_k, first = self.results.top_k, self.first_row
-        return [top_k(first + node) for node in nodes]
+        first = self.first_row
+        return self.results.top_k_of([first + node for node in nodes])
 
     def candidates(self, nodes: Sequence[int], count: int) -> list[list[int]]:
         """Per node, tokens likely to follow it, best first, no more than the draft's `top_k`: for drafts."""
