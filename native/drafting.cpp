@@ -1,23 +1,23 @@
 #include "drafting.hpp"
 
 #include <algorithm>
+#include <functional>
 #include <queue>
 #include <stdexcept>
+#include <utility>
 
 namespace shoestring {
 namespace {
 
+constexpr size_t kManyOffers = 512;
 constexpr double kSlack = 1 + 1e-9;  // sums round: nothing that may be as good as the best is given up
 
-uint64_t gram_key(const int32_t* tokens, int length) {
-  uint64_t key = 0xcbf29ce484222325ULL;
-  for (int i = 0; i < length; ++i) {
-    key ^= static_cast<uint32_t>(tokens[i]);
-    key *= 0x9e3779b97f4a7c15ULL;
-    key ^= key >> 29;
-  }
-  return key;
+// The key of an n-gram from that of its last n - 1 tokens, and the token before these.
+uint64_t gram_key(uint64_t shorter, int32_t token) {
+  const uint64_t key = (shorter ^ static_cast<uint32_t>(token)) * 0x9e3779b97f4a7c15ULL;
+  return key ^ (key >> 29);
 }
+constexpr uint64_t kNoGram = 0xcbf29ce484222325ULL;
 
 uint64_t pair_key(int32_t before, int32_t token) {
   return static_cast<uint64_t>(static_cast<uint32_t>(before)) << 32 | static_cast<uint32_t>(token);
@@ -68,7 +68,7 @@ class Speed {
 }  // namespace
 
 AcceptanceRates::AcceptanceRates(std::vector<std::vector<double>> first, double prior_weight, double memory)
-    : prior_weight_(prior_weight), memory_(memory), cells_(kSources * kMostLength * kMostRank) {
+    : prior_weight_(prior_weight), memory_(memory), cells_(kSources * kMostLength * kMostRank), rates_(cells_.size()) {
   if (first.size() != kSources) throw std::invalid_argument("priors of four sources are needed");
   for (int source = 0; source < kSources; ++source) {
     const std::vector<double>& priors = first[source];
@@ -88,9 +88,8 @@ size_t AcceptanceRates::at(Guess guess) {
 }
 
 void AcceptanceRates::set_prior(Guess guess, double rate) {
-  Cell& cell = cells_[at(guess)];
-  cell.prior = rate;
-  cell.rate = (cell.hits + prior_weight_ * rate) / (cell.trials + prior_weight_);
+  cells_[at(guess)].prior = rate;
+  weigh(at(guess));
 }
 
 void AcceptanceRates::observe(Guess guess, bool hit) {
@@ -102,13 +101,12 @@ void AcceptanceRates::observe(Guess guess, bool hit) {
   }
   cell.hits += hit ? 1 : 0;
   cell.trials += 1;
-  cell.rate = (cell.hits + prior_weight_ * cell.prior) / (cell.trials + prior_weight_);
+  weigh(at(guess));
 }
 
-size_t Guesses::Hasher::operator()(uint64_t key) const {
-  key ^= key >> 32;
-  key *= 0xd6e8feb86659fd93ULL;
-  return static_cast<size_t>(key ^ (key >> 32));
+void AcceptanceRates::weigh(size_t at) {
+  const Cell& cell = cells_[at];
+  rates_[at] = (cell.hits + prior_weight_ * cell.prior) / (cell.trials + prior_weight_);
 }
 
 void Guesses::Tail::push(int32_t token, int longest) {
@@ -120,7 +118,7 @@ void Guesses::Tail::push(int32_t token, int longest) {
 }
 
 Guesses::Guesses(AcceptanceRates& rates, int longest, size_t pairs)
-    : rates_(rates), longest_(longest), pairs_(pairs), ends_(longest + 1) {
+    : rates_(rates), longest_(longest), pairs_(pairs) {
   if (longest < 2 || longest > kMostTail) throw std::invalid_argument("suffixes of 2 to 16 tokens can be looked for");
 }
 
@@ -132,19 +130,22 @@ void Guesses::set_known(const int32_t* successors, size_t tokens, size_t width) 
 
 void Guesses::forget() {
   tokens_.clear();
-  for (auto& ends : ends_) ends.clear();
+  ends_.clear();
   after_pair_.clear();
   after_.clear();
   updates_.clear();
+  clock_ = 0;
 }
 
 void Guesses::extend(const int32_t* tokens, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     // What ended before this token is followed by it.
     const int end = static_cast<int>(tokens_.size());
+    uint64_t key = kNoGram;
     for (int length = 1; length <= std::min(longest_, end); ++length) {
-      Ends& ends = ends_[length][gram_key(tokens_.data() + end - length, length)];
-      ends.at[ends.added++ % kMostEnds] = end;
+      key = gram_key(key, tokens_[end - length]);
+      int32_t* ends = ends_.insert(key);
+      ends[1 + ends[0]++ % kMostEnds] = end;
     }
     tokens_.push_back(tokens[i]);
   }
@@ -162,21 +163,33 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
   const auto known = [&found](size_t from, int32_t token) {
     return std::any_of(found.begin() + from, found.end(), [token](const Found& other) { return other.token == token; });
   };
-  for (int length = tail.length; length > 0 && found.empty(); --length) {
+  const int32_t last = tail.tokens[tail.length - 1];
+  const uint64_t pair = tail.length > 1 ? pair_key(tail.tokens[tail.length - 2], last) : 0;
+  const bool is_known = last >= 0 && static_cast<size_t>(last) < known_tokens_;
+  // All that is looked up below lies far apart: it is fetched at once, before any of it is waited for.
+  std::array<uint64_t, kMostTail + 1> keys{kNoGram};
+  for (int length = 1; length <= tail.length; ++length) {
+    keys[length] = gram_key(keys[length - 1], tail.tokens[tail.length - length]);
+    ends_.prefetch(keys[length]);
+  }
+  after_pair_.prefetch(pair);
+  after_.prefetch(static_cast<uint32_t>(last));
+  if (is_known) prefetch(known_ + last * known_width_);
+  // Where an n-gram ended, shorter ones did too.
+  std::array<const int32_t*, kMostTail + 1> ends;
+  int longest = 0;
+  while (longest < tail.length && (ends[longest + 1] = ends_.find(keys[longest + 1]))) ++longest;
+  for (int length = longest; length > 0 && found.empty(); --length) {
     const int32_t* gram = tail.tokens.data() + tail.length - length;
-    const auto entry = ends_[length].find(gram_key(gram, length));
-    if (entry == ends_[length].end()) continue;
-    const Ends& ends = entry->second;
-    const int64_t oldest = std::max<int64_t>(0, ends.added - kMostEnds);
-    for (int64_t i = ends.added - 1; i >= oldest; --i) {
-      const int32_t end = ends.at[i % kMostEnds];
+    const int32_t added = *ends[length];
+    for (int32_t i = added - 1; i >= std::max(0, added - kMostEnds); --i) {
+      const int32_t end = ends[length][1 + i % kMostEnds];
       // Keys are hashes: the text itself says whether it matches.
       if (!std::equal(gram, gram + length, tokens_.begin() + end - length) || known(0, tokens_[end])) continue;
       found.push_back({tokens_[end], {kNgram, length, static_cast<int>(found.size())}});
     }
   }
   const size_t first = found.size();
-  const int32_t last = tail.tokens[tail.length - 1];
   int deepest = 0;  // the lists found so far: what a longer context gave goes first, and makes the others less likely
   const auto recycle = [&](const int32_t* tokens, size_t count, int length) {
     const int kind = deepest ? length + 3 : length;
@@ -185,13 +198,12 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
     }
     deepest += count > 0;
   };
-  if (tail.length > 1) {
-    const auto pair = after_pair_.find(pair_key(tail.tokens[tail.length - 2], last));
-    if (pair != after_pair_.end()) recycle(pair->second.tokens.data(), pair->second.tokens.size(), 2);
-  }
-  const auto single = after_.find(last);
-  if (single != after_.end()) recycle(single->second.data(), single->second.size(), 1);
-  if (last >= 0 && static_cast<size_t>(last) < known_tokens_) recycle(known_ + last * known_width_, known_width_, 0);
+  const auto recycle_row = [&recycle](const int32_t* row, int length) {
+    if (row) recycle(row + kSuccessorsHead, static_cast<size_t>(row[1]), length);
+  };
+  if (tail.length > 1) recycle_row(after_pair_.find(pair), 2);
+  recycle_row(after_.find(static_cast<uint32_t>(last)), 1);
+  if (is_known) recycle(known_ + last * known_width_, known_width_, 0);
   if (depth < predictions.size()) {
     int rank = 0;
     for (const int32_t token : predictions[depth]) found.push_back({token, {kPass, static_cast<int>(depth) + 1, rank++}});
@@ -217,16 +229,26 @@ void Guesses::weigh(const std::vector<Found>& found, std::vector<Candidate>& can
 Grown Guesses::grow(size_t most, double least, const Predictions& predictions, Seconds seconds) const {
   Grown grown;
   if (tokens_.empty() || most == 0) return grown;
-  std::priority_queue<Offer> heap;
+  std::vector<Offer> offers;
+  offers.reserve(kManyOffers);
+  std::priority_queue<Offer> heap(std::less<Offer>(), std::move(offers));
   std::vector<Tail> tails;  // of each node
   std::vector<size_t> depths;
   std::vector<Found> found;
   std::vector<Candidate> candidates;
   size_t order = 0;
+  double unlikely = -1;
   const auto offer = [&](int32_t node, double chance, const Tail& tail, size_t depth) {
     find(tail, depth, predictions, found);
     weigh(found, candidates);
-    for (const Candidate& one : candidates) heap.push({chance * one.chance, order++, node, one.token, one.source});
+    for (const Candidate& one : candidates) {
+      const Offer next{chance * one.chance, order++, node, one.token, one.source};
+      if (next.chance < least) {  // only the likeliest of these can be taken: it is the last one
+        if (next.chance <= unlikely) continue;
+        unlikely = next.chance;
+      }
+      heap.push(next);
+    }
   };
   const Tail root = tail();
   Speed speed(most, seconds);
@@ -351,9 +373,12 @@ void Guesses::observe(const std::vector<int32_t>& emitted, const Predictions& pr
   if (tokens_.empty()) return;
   judge(emitted, predictions);
   const int32_t last = tokens_.back();
-  const auto remember_row = [&](int32_t row) {
-    remember(parents[row] < 0 ? last : tokens[parents[row]], tokens[row], successors[row + 1]);
-  };
+  const auto before = [&](int32_t row) { return parents[row] < 0 ? last : tokens[parents[row]]; };
+  for (int32_t row = 0; row < rows; ++row) {
+    after_pair_.prefetch(pair_key(before(row), tokens[row]));
+    after_.prefetch(static_cast<uint32_t>(tokens[row]));
+  }
+  const auto remember_row = [&](int32_t row) { remember(before(row), tokens[row], successors[row + 1]); };
   // What the accepted path shows holds longest, then what the likeliest rows do.
   for (int32_t row = rows - 1; row >= 0; --row) {
     if (tokens[row] >= 0 && !on_path[row]) remember_row(row);
@@ -381,17 +406,25 @@ void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& pred
   }
 }
 
+int32_t* Guesses::store(FlatTable& table, uint64_t key, const std::vector<int32_t>& successors) {
+  const size_t count = std::min<size_t>(successors.size(), kMostRank);
+  if (table.width() < kSuccessorsHead + count) table.widen(kSuccessorsHead + count);
+  int32_t* row = table.insert(key);
+  row[1] = static_cast<int32_t>(count);
+  std::copy_n(successors.begin(), count, row + kSuccessorsHead);
+  return row;
+}
+
 void Guesses::remember(int32_t before, int32_t token, const std::vector<int32_t>& successors) {
-  after_[token] = successors;
+  store(after_, static_cast<uint32_t>(token), successors);
   const uint64_t pair = pair_key(before, token);
-  after_pair_[pair] = {successors, ++clock_};
+  store(after_pair_, pair, successors)[0] = ++clock_;
   updates_.emplace_back(pair, clock_);
   while (!updates_.empty()) {
     const auto [oldest, when] = updates_.front();
-    const auto entry = after_pair_.find(oldest);
-    const bool current = entry->second.updated == when;
+    const bool current = after_pair_.find(oldest)[0] == when;
     if (current && after_pair_.size() <= pairs_) break;
-    if (current) after_pair_.erase(entry);
+    if (current) after_pair_.erase(oldest);
     updates_.pop_front();
   }
 }

@@ -6,9 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "flat_table.hpp"
 
 namespace shoestring {
 
@@ -26,17 +27,19 @@ class AcceptanceRates {
   // `first[source][length]`: the prior of rank 0, the last one for all greater lengths too.
   AcceptanceRates(std::vector<std::vector<double>> first, double prior_weight, double memory);
   void set_prior(Guess guess, double rate);
-  double rate(Guess guess) const { return cells_[at(guess)].rate; }
+  double rate(Guess guess) const { return rates_[at(guess)]; }
   void observe(Guess guess, bool hit);
 
  private:
   struct Cell {
-    double prior, hits, trials, rate;
+    double prior, hits, trials;
   };
   static size_t at(Guess guess);
+  void weigh(size_t at);
 
   double prior_weight_, memory_;
-  std::vector<Cell> cells_;  // [source, length, rank]
+  std::vector<Cell> cells_;    // [source, length, rank]
+  std::vector<double> rates_;  // likewise: what is read at every node lies close together
 };
 
 struct Candidate {
@@ -90,17 +93,9 @@ class Guesses {
 
  private:
   static constexpr int kMostEnds = 8;
-  struct Ends {
-    std::array<int32_t, kMostEnds> at;
-    int64_t added = 0;  // the newest is at[(added - 1) % kMostEnds]
-  };
-  struct Successors {
-    std::vector<int32_t> tokens;
-    uint64_t updated;
-  };
-  struct Hasher {
-    size_t operator()(uint64_t key) const;
-  };
+  // Rows of `ends_`: how many times the n-gram ended, and the last positions behind it, the newest at [(n - 1) % kMostEnds].
+  // Rows of successors: when they were updated, their number, and these.
+  static constexpr size_t kUsualSuccessors = 8, kSuccessorsHead = 2;
   struct Found {
     int32_t token;
     Guess guess;
@@ -116,16 +111,16 @@ class Guesses {
   void weigh(const std::vector<Found>& found, std::vector<Candidate>& candidates) const;
   void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
   void remember(int32_t before, int32_t token, const std::vector<int32_t>& successors);
+  static int32_t* store(FlatTable& table, uint64_t key, const std::vector<int32_t>& successors);
 
   AcceptanceRates& rates_;
   int longest_;
   size_t pairs_;
   std::vector<int32_t> tokens_;
-  std::vector<std::unordered_map<uint64_t, Ends, Hasher>> ends_;  // by the n-gram's length
-  std::unordered_map<uint64_t, Successors, Hasher> after_pair_;
-  std::unordered_map<int32_t, std::vector<int32_t>> after_;
-  std::deque<std::pair<uint64_t, uint64_t>> updates_;  // (pair, when), the oldest first
-  uint64_t clock_ = 0;
+  FlatTable ends_{1 + kMostEnds};
+  FlatTable after_pair_{kSuccessorsHead + kUsualSuccessors}, after_{kSuccessorsHead + kUsualSuccessors};
+  std::deque<std::pair<uint64_t, int32_t>> updates_;  // (pair, when), the oldest first
+  int32_t clock_ = 0;
   const int32_t* known_ = nullptr;
   size_t known_tokens_ = 0, known_width_ = 0;
 };

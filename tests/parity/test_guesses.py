@@ -115,21 +115,26 @@ def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, a
                 assert plain == native
 
 
-def test_the_oldest_pairs_make_room_in_both(monkeypatch):
+@pytest.mark.parametrize(("pairs", "vocabulary", "rows"), [(5, 6, 80), (100, 30, 1500)])
+def test_the_oldest_pairs_make_room_in_both(monkeypatch, pairs, vocabulary, rows):
     from shoestring.decoding.drafters import guesses as module
 
-    monkeypatch.setattr(module, "_PAIRS", 5)
+    monkeypatch.setattr(module, "_PAIRS", pairs)
     made = pair()
     chance = random.Random(3)
-    for _ in range(40):
-        text, likely = chance.choices(range(6), k=3), chance.choices(range(6), k=2)
+    for row in range(rows // 2):
+        text = chance.choices(range(vocabulary), k=3)
+        # Halfway through more successors are remembered than there was room for.
+        likely = [
+            chance.sample(range(vocabulary), 1 if row < rows // 4 else vocabulary // 2) for _ in range(2)
+        ]
         for _, guesses in made:
             guesses.extend(text[:2])
-            guesses.observe([], [], text[2:], [ROOT], [0], [[token] for token in likely])
-    for last in range(36):
+            guesses.observe([], [], text[2:], [ROOT], [0], likely)
+    for last in range(vocabulary**2):
         drafts = []
         for _, guesses in made:
-            guesses.extend([last // 6, last % 6])
+            guesses.extend([last // vocabulary, last % vocabulary])
             drafts.append(grown(guesses, 6, 0.0, []))
         assert drafts[0] == drafts[1]
 

@@ -41,6 +41,7 @@ class SlotResults:
         top_k: int,
     ) -> None:
         self._tree, self._all_logits, self._hidden = tree, logits, hidden
+        self._rows = list(rows)
         self._index = {row: index for index, row in enumerate(rows)}
         self._sampling, self._cached, self._tokens, self._top_k = sampling, cached, tokens, top_k
         self._next: dict[int, int] = {}
@@ -82,8 +83,9 @@ class SlotResults:
         """`top_k` of several rows."""
         if not self._top_k:
             raise KeyError("the step was not asked for top_k")
-        top, index = self._top, self._index
-        return [top[index[row]] for row in rows]
+        if list(rows) == self._rows:  # those of all rows, as a draft's observer asks for them
+            return self._top
+        return [self._top[self._index[row]] for row in rows]
 
     def candidates(self, rows: Sequence[int], count: int) -> list[list[int]]:
         """Per row, tokens likely to be the next under the slot's sampling options, best first: for drafts."""

@@ -11,11 +11,12 @@ import numpy as np
 
 from shoestring.decoding.drafters.guesses import make_guesses
 from shoestring.decoding.drafters.pass_tokens import LookAheadRows
-from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
+from shoestring.decoding.drafters.protocol import Context, Draft, StepObservation
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates
 from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.tune import StepCost
+from shoestring.engine.tokentree import NO_TOKEN
 from shoestring.errors import RequestError
 
 __all__ = ["MergedDrafter"]
@@ -97,7 +98,7 @@ class MergedDrafter:
         owners = dict(enumerate(map(_OWNERS.__getitem__, sources)))
         draft = Draft(tokens, parents, top_k=self._top_k, owners=owners)
         if self._ahead is not None:
-            self._ahead.stand(draft, chains, len(tokens) - sum(rows for _, rows in chains))
+            self._ahead.stand(draft, chains, len(tokens) - tokens.count(NO_TOKEN))
         return draft
 
     @property
@@ -116,5 +117,5 @@ class MergedDrafter:
         predictions = self._predictions
         if self._ahead is not None:
             self._ahead.read(step)
-        likely = step.top_k_of(range(ROOT, len(draft)))
+        likely = step.every_top_k()
         self._guesses.observe(step.emitted, predictions, draft.tokens, draft.parents, step.accepted, likely)
