@@ -1,21 +1,23 @@
 #include "drafting.hpp"
 
 #include <algorithm>
+#include <functional>
 #include <queue>
 #include <stdexcept>
+#include <utility>
 
 namespace shoestring {
 namespace {
 
-uint64_t gram_key(const int32_t* tokens, int length) {
-  uint64_t key = 0xcbf29ce484222325ULL;
-  for (int i = 0; i < length; ++i) {
-    key ^= static_cast<uint32_t>(tokens[i]);
-    key *= 0x9e3779b97f4a7c15ULL;
-    key ^= key >> 29;
-  }
-  return key;
+constexpr size_t kManyOffers = 512;
+constexpr double kSlack = 1 + 1e-9;  // sums round: nothing that may be as good as the best is given up
+
+// The key of an n-gram from that of its last n - 1 tokens, and the token before these.
+uint64_t gram_key(uint64_t shorter, int32_t token) {
+  const uint64_t key = (shorter ^ static_cast<uint32_t>(token)) * 0x9e3779b97f4a7c15ULL;
+  return key ^ (key >> 29);
 }
+constexpr uint64_t kNoGram = 0xcbf29ce484222325ULL;
 
 uint64_t pair_key(int32_t before, int32_t token) {
   return static_cast<uint64_t>(static_cast<uint32_t>(before)) << 32 | static_cast<uint32_t>(token);
@@ -32,10 +34,41 @@ struct Offer {
   }
 };
 
+// Expected tokens of the rows taken so far, by falling chance, and the most of them per second.
+class Speed {
+ public:
+  Speed(size_t most, Seconds seconds)
+      : seconds_(seconds.of), last_(std::min(most + 1, seconds.count)), fastest_(last_ ? 1 / seconds_[0] : 0) {}
+
+  // Whether some number of further rows, each with at most this chance, may give more.
+  bool may_gain(double chance) const {
+    if (!seconds_) return true;
+    for (size_t row = rows_ + 1; row < last_; ++row) {
+      if ((expected_ + static_cast<double>(row - rows_) * chance) * kSlack > fastest_ * seconds_[row]) return true;
+    }
+    return false;
+  }
+
+  void take(double chance) {
+    expected_ += chance;
+    if (++rows_ >= last_) return;
+    const double speed = expected_ / seconds_[rows_];
+    if (speed > fastest_) best_ = rows_, fastest_ = speed;
+  }
+
+  // How many of the rows to keep: of equal speeds the fewest, where rows cost nothing all.
+  size_t best() const { return seconds_ ? best_ : rows_; }
+
+ private:
+  const double* seconds_;
+  size_t last_, rows_ = 0, best_ = 0;
+  double expected_ = 1.0, fastest_;
+};
+
 }  // namespace
 
 AcceptanceRates::AcceptanceRates(std::vector<std::vector<double>> first, double prior_weight, double memory)
-    : prior_weight_(prior_weight), memory_(memory), cells_(kSources * kMostLength * kMostRank) {
+    : prior_weight_(prior_weight), memory_(memory), cells_(kSources * kMostLength * kMostRank), rates_(cells_.size()) {
   if (first.size() != kSources) throw std::invalid_argument("priors of four sources are needed");
   for (int source = 0; source < kSources; ++source) {
     const std::vector<double>& priors = first[source];
@@ -55,9 +88,8 @@ size_t AcceptanceRates::at(Guess guess) {
 }
 
 void AcceptanceRates::set_prior(Guess guess, double rate) {
-  Cell& cell = cells_[at(guess)];
-  cell.prior = rate;
-  cell.rate = (cell.hits + prior_weight_ * rate) / (cell.trials + prior_weight_);
+  cells_[at(guess)].prior = rate;
+  weigh(at(guess));
 }
 
 void AcceptanceRates::observe(Guess guess, bool hit) {
@@ -69,13 +101,12 @@ void AcceptanceRates::observe(Guess guess, bool hit) {
   }
   cell.hits += hit ? 1 : 0;
   cell.trials += 1;
-  cell.rate = (cell.hits + prior_weight_ * cell.prior) / (cell.trials + prior_weight_);
+  weigh(at(guess));
 }
 
-size_t Guesses::Hasher::operator()(uint64_t key) const {
-  key ^= key >> 32;
-  key *= 0xd6e8feb86659fd93ULL;
-  return static_cast<size_t>(key ^ (key >> 32));
+void AcceptanceRates::weigh(size_t at) {
+  const Cell& cell = cells_[at];
+  rates_[at] = (cell.hits + prior_weight_ * cell.prior) / (cell.trials + prior_weight_);
 }
 
 void Guesses::Tail::push(int32_t token, int longest) {
@@ -87,7 +118,7 @@ void Guesses::Tail::push(int32_t token, int longest) {
 }
 
 Guesses::Guesses(AcceptanceRates& rates, int longest, size_t pairs)
-    : rates_(rates), longest_(longest), pairs_(pairs), ends_(longest + 1) {
+    : rates_(rates), longest_(longest), pairs_(pairs) {
   if (longest < 2 || longest > kMostTail) throw std::invalid_argument("suffixes of 2 to 16 tokens can be looked for");
 }
 
@@ -99,19 +130,22 @@ void Guesses::set_known(const int32_t* successors, size_t tokens, size_t width) 
 
 void Guesses::forget() {
   tokens_.clear();
-  for (auto& ends : ends_) ends.clear();
+  ends_.clear();
   after_pair_.clear();
   after_.clear();
   updates_.clear();
+  clock_ = 0;
 }
 
 void Guesses::extend(const int32_t* tokens, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     // What ended before this token is followed by it.
     const int end = static_cast<int>(tokens_.size());
+    uint64_t key = kNoGram;
     for (int length = 1; length <= std::min(longest_, end); ++length) {
-      Ends& ends = ends_[length][gram_key(tokens_.data() + end - length, length)];
-      ends.at[ends.added++ % kMostEnds] = end;
+      key = gram_key(key, tokens_[end - length]);
+      int32_t* ends = ends_.insert(key);
+      ends[1 + ends[0]++ % kMostEnds] = end;
     }
     tokens_.push_back(tokens[i]);
   }
@@ -129,21 +163,33 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
   const auto known = [&found](size_t from, int32_t token) {
     return std::any_of(found.begin() + from, found.end(), [token](const Found& other) { return other.token == token; });
   };
-  for (int length = tail.length; length > 0 && found.empty(); --length) {
+  const int32_t last = tail.tokens[tail.length - 1];
+  const uint64_t pair = tail.length > 1 ? pair_key(tail.tokens[tail.length - 2], last) : 0;
+  const bool is_known = last >= 0 && static_cast<size_t>(last) < known_tokens_;
+  // All that is looked up below lies far apart: it is fetched at once, before any of it is waited for.
+  std::array<uint64_t, kMostTail + 1> keys{kNoGram};
+  for (int length = 1; length <= tail.length; ++length) {
+    keys[length] = gram_key(keys[length - 1], tail.tokens[tail.length - length]);
+    ends_.prefetch(keys[length]);
+  }
+  after_pair_.prefetch(pair);
+  after_.prefetch(static_cast<uint32_t>(last));
+  if (is_known) prefetch(known_ + last * known_width_);
+  // Where an n-gram ended, shorter ones did too.
+  std::array<const int32_t*, kMostTail + 1> ends;
+  int longest = 0;
+  while (longest < tail.length && (ends[longest + 1] = ends_.find(keys[longest + 1]))) ++longest;
+  for (int length = longest; length > 0 && found.empty(); --length) {
     const int32_t* gram = tail.tokens.data() + tail.length - length;
-    const auto entry = ends_[length].find(gram_key(gram, length));
-    if (entry == ends_[length].end()) continue;
-    const Ends& ends = entry->second;
-    const int64_t oldest = std::max<int64_t>(0, ends.added - kMostEnds);
-    for (int64_t i = ends.added - 1; i >= oldest; --i) {
-      const int32_t end = ends.at[i % kMostEnds];
+    const int32_t added = *ends[length];
+    for (int32_t i = added - 1; i >= std::max(0, added - kMostEnds); --i) {
+      const int32_t end = ends[length][1 + i % kMostEnds];
       // Keys are hashes: the text itself says whether it matches.
       if (!std::equal(gram, gram + length, tokens_.begin() + end - length) || known(0, tokens_[end])) continue;
       found.push_back({tokens_[end], {kNgram, length, static_cast<int>(found.size())}});
     }
   }
   const size_t first = found.size();
-  const int32_t last = tail.tokens[tail.length - 1];
   int deepest = 0;  // the lists found so far: what a longer context gave goes first, and makes the others less likely
   const auto recycle = [&](const int32_t* tokens, size_t count, int length) {
     const int kind = deepest ? length + 3 : length;
@@ -152,13 +198,12 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
     }
     deepest += count > 0;
   };
-  if (tail.length > 1) {
-    const auto pair = after_pair_.find(pair_key(tail.tokens[tail.length - 2], last));
-    if (pair != after_pair_.end()) recycle(pair->second.tokens.data(), pair->second.tokens.size(), 2);
-  }
-  const auto single = after_.find(last);
-  if (single != after_.end()) recycle(single->second.data(), single->second.size(), 1);
-  if (last >= 0 && static_cast<size_t>(last) < known_tokens_) recycle(known_ + last * known_width_, known_width_, 0);
+  const auto recycle_row = [&recycle](const int32_t* row, int length) {
+    if (row) recycle(row + kSuccessorsHead, static_cast<size_t>(row[1]), length);
+  };
+  if (tail.length > 1) recycle_row(after_pair_.find(pair), 2);
+  recycle_row(after_.find(static_cast<uint32_t>(last)), 1);
+  if (is_known) recycle(known_ + last * known_width_, known_width_, 0);
   if (depth < predictions.size()) {
     int rank = 0;
     for (const int32_t token : predictions[depth]) found.push_back({token, {kPass, static_cast<int>(depth) + 1, rank++}});
@@ -181,25 +226,37 @@ void Guesses::weigh(const std::vector<Found>& found, std::vector<Candidate>& can
   for (Candidate& one : candidates) one.chance /= sum;
 }
 
-Grown Guesses::grow(size_t most, double least, const Predictions& predictions) const {
+Grown Guesses::grow(size_t most, double least, const Predictions& predictions, Seconds seconds) const {
   Grown grown;
   if (tokens_.empty() || most == 0) return grown;
-  std::priority_queue<Offer> heap;
+  std::vector<Offer> offers;
+  offers.reserve(kManyOffers);
+  std::priority_queue<Offer> heap(std::less<Offer>(), std::move(offers));
   std::vector<Tail> tails;  // of each node
   std::vector<size_t> depths;
   std::vector<Found> found;
   std::vector<Candidate> candidates;
   size_t order = 0;
+  double unlikely = -1;
   const auto offer = [&](int32_t node, double chance, const Tail& tail, size_t depth) {
     find(tail, depth, predictions, found);
     weigh(found, candidates);
-    for (const Candidate& one : candidates) heap.push({chance * one.chance, order++, node, one.token, one.source});
+    for (const Candidate& one : candidates) {
+      const Offer next{chance * one.chance, order++, node, one.token, one.source};
+      if (next.chance < least) {  // only the likeliest of these can be taken: it is the last one
+        if (next.chance <= unlikely) continue;
+        unlikely = next.chance;
+      }
+      heap.push(next);
+    }
   };
   const Tail root = tail();
+  Speed speed(most, seconds);
   offer(-1, 1.0, root, 0);
-  while (!heap.empty() && grown.tokens.size() < most) {
+  while (!heap.empty() && grown.tokens.size() < most && speed.may_gain(heap.top().chance)) {
     const Offer next = heap.top();
     heap.pop();
+    speed.take(next.chance);
     const auto node = static_cast<int32_t>(grown.tokens.size());
     Tail below = next.parent < 0 ? root : tails[next.parent];
     below.push(next.token, longest_);
@@ -216,7 +273,7 @@ Grown Guesses::grow(size_t most, double least, const Predictions& predictions) c
 }
 
 Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& chances, const std::vector<double>& gains,
-               double least, size_t most, const double* seconds, size_t count) {
+               double least, size_t most, Seconds seconds) {
   if (parents.size() < chances.size()) throw std::invalid_argument("a parent is needed for each chance");
   const size_t drafted = chances.size();
   std::vector<double> ends(drafted + 1);  // by row, the last token's first: the chance that the path ends there
@@ -227,35 +284,35 @@ Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& c
     if (parent < -1 || parent >= static_cast<int32_t>(node)) throw std::invalid_argument("a parent comes before its node");
     ends[parent + 1] -= chances[node];
   }
+  // Of equals a drafted row goes first, then the look-ahead row nearer to the token above it. A drafted row's chance is at
+  // most its parent's, and a look-ahead row's value that of the one above it, so that any first rows hang together.
   struct Row {
     double value;
     int32_t place, node;  // place: of a look-ahead row below its node, -1 for a drafted one
+    bool operator<(const Row& other) const {
+      if (value != other.value) return value < other.value;
+      return place != other.place ? place > other.place : node > other.node;
+    }
   };
-  std::vector<Row> rows;
-  rows.reserve(drafted * (1 + gains.size()) + gains.size());
-  for (size_t node = 0; node < drafted; ++node) rows.push_back({chances[node], -1, static_cast<int32_t>(node)});
+  std::priority_queue<Row> next;  // the drafted rows' first one, and that of each chain
+  if (drafted) next.push({chances[0], -1, 0});
   for (size_t row = 0; row <= drafted && !gains.empty(); ++row) {
-    if (!(ends[row] * gains[0] > least)) continue;
-    for (size_t place = 0; place < gains.size(); ++place) {
-      rows.push_back({ends[row] * gains[place], static_cast<int32_t>(place), static_cast<int32_t>(row) - 1});
+    if (ends[row] * gains[0] > least) next.push({ends[row] * gains[0], 0, static_cast<int32_t>(row) - 1});
+  }
+  Speed speed(most, seconds);
+  std::vector<Row> rows;
+  while (!next.empty() && rows.size() < most && speed.may_gain(next.top().value)) {
+    Row row = next.top();
+    next.pop();
+    rows.push_back(row);
+    speed.take(row.value);
+    if (row.place < 0) {
+      if (static_cast<size_t>(++row.node) < drafted) next.push({chances[row.node], -1, row.node});
+    } else if (static_cast<size_t>(++row.place) < gains.size()) {
+      next.push({ends[row.node + 1] * gains[row.place], row.place, row.node});
     }
   }
-  // Of equals a drafted row goes first, then the look-ahead row nearer to the token above it. A drafted row's chance is at
-  // most its parent's, and a look-ahead row's value that of the one above it, so that any first rows hang together.
-  std::stable_sort(rows.begin(), rows.end(), [](const Row& one, const Row& other) {
-    return one.value != other.value ? one.value > other.value : one.place < other.place;
-  });
-  size_t taken = std::min(most, rows.size());
-  if (count) {
-    size_t best = 0;
-    double expected = 1.0, fastest = expected / seconds[0];
-    for (size_t row = 0; row < taken && row + 1 < count; ++row) {
-      expected += rows[row].value;
-      const double speed = expected / seconds[row + 1];
-      if (speed > fastest) best = row + 1, fastest = speed;
-    }
-    taken = best;
-  }
+  const size_t taken = speed.best();
   Plan plan;
   std::vector<int32_t> below(drafted + 1, 0);
   for (size_t row = 0; row < taken; ++row) {
@@ -271,8 +328,66 @@ Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& c
   return plan;
 }
 
-void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& predictions) {
+Drafted Guesses::draft(size_t most, double least, const Predictions& predictions, Seconds seconds, size_t ahead,
+                       double least_value) const {
+  Grown grown = grow(most, least, predictions, seconds);
+  Speed speed(most, seconds);
+  for (const double chance : grown.chances) speed.take(chance);
+  grown.chances.resize(speed.best());
+  std::vector<double> gains;
+  for (size_t place = 0; place < ahead; ++place) {
+    const double rate = rates_.rate({kOnlyPass, static_cast<int>(place) + 1, 0});
+    gains.push_back(std::min(rate, gains.empty() ? 1.0 : gains.back()));
+  }
+  Plan plan = plan_rows(grown.parents, grown.chances, gains, least_value, most, seconds);
+  Drafted drafted{std::move(grown.tokens), std::move(grown.parents), std::move(grown.sources), std::move(plan.chains)};
+  drafted.tokens.resize(plan.kept);
+  drafted.parents.resize(plan.kept);
+  drafted.sources.resize(plan.kept);
+  for (const auto& [node, rows] : drafted.chains) {
+    for (int32_t row = 0, parent = node; row < rows; ++row) {
+      drafted.parents.push_back(parent);
+      parent = static_cast<int32_t>(drafted.tokens.size());
+      drafted.tokens.push_back(-1);
+      drafted.sources.push_back(kSources);
+    }
+  }
+  return drafted;
+}
+
+void Guesses::observe(const std::vector<int32_t>& emitted, const Predictions& predictions,
+                      const std::vector<int32_t>& tokens, const std::vector<int32_t>& parents,
+                      const std::vector<int32_t>& accepted, const std::vector<std::vector<int32_t>>& successors) {
+  const auto rows = static_cast<int32_t>(tokens.size());
+  if (parents.size() != tokens.size() || successors.size() != tokens.size() + 1) {
+    throw std::invalid_argument("a parent and successors are needed for each row, and successors of the sequence");
+  }
+  for (int32_t row = 0; row < rows; ++row) {
+    if (parents[row] < -1 || parents[row] >= row) throw std::invalid_argument("a parent comes before its node");
+  }
+  std::vector<bool> on_path(rows);
+  for (const int32_t node : accepted) {
+    if (node < 0 || node >= rows) throw std::invalid_argument("no such node was accepted");
+    on_path[node] = true;
+  }
   if (tokens_.empty()) return;
+  judge(emitted, predictions);
+  const int32_t last = tokens_.back();
+  const auto before = [&](int32_t row) { return parents[row] < 0 ? last : tokens[parents[row]]; };
+  for (int32_t row = 0; row < rows; ++row) {
+    after_pair_.prefetch(pair_key(before(row), tokens[row]));
+    after_.prefetch(static_cast<uint32_t>(tokens[row]));
+  }
+  const auto remember_row = [&](int32_t row) { remember(before(row), tokens[row], successors[row + 1]); };
+  // What the accepted path shows holds longest, then what the likeliest rows do.
+  for (int32_t row = rows - 1; row >= 0; --row) {
+    if (tokens[row] >= 0 && !on_path[row]) remember_row(row);
+  }
+  remember(tokens_.size() > 1 ? tokens_[tokens_.size() - 2] : -1, last, successors[0]);
+  for (const int32_t row : accepted) remember_row(row);
+}
+
+void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& predictions) {
   Tail above = tail();
   std::vector<Found> found;
   for (size_t depth = 0; depth < emitted.size(); ++depth) {
@@ -283,25 +398,33 @@ void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& pred
       rates_.observe(one.guess, hit);
       (one.guess.source == kPass ? passed : others) |= hit;
     }
-    if (depth < predictions.size()) rates_.observe({kPass + 1, static_cast<int>(depth) + 1, 0}, passed && !others);
+    if (depth < predictions.size()) rates_.observe({kOnlyPass, static_cast<int>(depth) + 1, 0}, passed && !others);
     above.push(emitted[depth], longest_);
   }
   for (size_t depth = emitted.size(); depth < predictions.size(); ++depth) {
-    rates_.observe({kPass + 1, static_cast<int>(depth) + 1, 0}, false);
+    rates_.observe({kOnlyPass, static_cast<int>(depth) + 1, 0}, false);
   }
 }
 
+int32_t* Guesses::store(FlatTable& table, uint64_t key, const std::vector<int32_t>& successors) {
+  const size_t count = std::min<size_t>(successors.size(), kMostRank);
+  if (table.width() < kSuccessorsHead + count) table.widen(kSuccessorsHead + count);
+  int32_t* row = table.insert(key);
+  row[1] = static_cast<int32_t>(count);
+  std::copy_n(successors.begin(), count, row + kSuccessorsHead);
+  return row;
+}
+
 void Guesses::remember(int32_t before, int32_t token, const std::vector<int32_t>& successors) {
-  after_[token] = successors;
+  store(after_, static_cast<uint32_t>(token), successors);
   const uint64_t pair = pair_key(before, token);
-  after_pair_[pair] = {successors, ++clock_};
+  store(after_pair_, pair, successors)[0] = ++clock_;
   updates_.emplace_back(pair, clock_);
   while (!updates_.empty()) {
     const auto [oldest, when] = updates_.front();
-    const auto entry = after_pair_.find(oldest);
-    const bool current = entry->second.updated == when;
+    const bool current = after_pair_.find(oldest)[0] == when;
     if (current && after_pair_.size() <= pairs_) break;
-    if (current) after_pair_.erase(entry);
+    if (current) after_pair_.erase(oldest);
     updates_.pop_front();
   }
 }

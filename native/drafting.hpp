@@ -6,13 +6,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "flat_table.hpp"
+
 namespace shoestring {
 
-constexpr int kNgram = 0, kRecycle = 1, kPass = 2, kSources = 4;  // the fourth: a token that PaSS alone foresaw
+constexpr int kNgram = 0, kRecycle = 1, kPass = 2, kOnlyPass = 3, kSources = 4;  // kOnlyPass: what PaSS alone foresaw
 constexpr int kMostLength = 32, kMostRank = 32, kMostTail = 16;
 
 // A kind of guess: source, length of the context that it matched (PaSS: position), rank among that source's guesses.
@@ -26,17 +27,19 @@ class AcceptanceRates {
   // `first[source][length]`: the prior of rank 0, the last one for all greater lengths too.
   AcceptanceRates(std::vector<std::vector<double>> first, double prior_weight, double memory);
   void set_prior(Guess guess, double rate);
-  double rate(Guess guess) const { return cells_[at(guess)].rate; }
+  double rate(Guess guess) const { return rates_[at(guess)]; }
   void observe(Guess guess, bool hit);
 
  private:
   struct Cell {
-    double prior, hits, trials, rate;
+    double prior, hits, trials;
   };
   static size_t at(Guess guess);
+  void weigh(size_t at);
 
   double prior_weight_, memory_;
-  std::vector<Cell> cells_;  // [source, length, rank]
+  std::vector<Cell> cells_;    // [source, length, rank]
+  std::vector<double> rates_;  // likewise: what is read at every node lies close together
 };
 
 struct Candidate {
@@ -54,6 +57,19 @@ struct Grown {
 
 using Predictions = std::vector<std::vector<int32_t>>;
 
+// Seconds of a step with 0, 1, ... rows beside the last token's; empty: rows cost nothing.
+struct Seconds {
+  const double* of = nullptr;
+  size_t count = 0;
+};
+
+// A step's rows below the last token's: nodes of the trie, then look-ahead rows (token -1, source kSources).
+struct Drafted {
+  std::vector<int32_t> tokens, parents;
+  std::vector<int> sources;
+  std::vector<std::pair<int32_t, int32_t>> chains;  // node, look-ahead rows below it; in the rows' order
+};
+
 class Guesses {
  public:
   Guesses(AcceptanceRates& rates, int longest, size_t pairs);
@@ -62,23 +78,24 @@ class Guesses {
   void forget();
   void extend(const int32_t* tokens, size_t count);
   size_t length() const { return tokens_.size(); }
-  Grown grow(size_t most, double least, const Predictions& predictions) const;
-  void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
-  void remember(int32_t before, int32_t token, const std::vector<int32_t>& successors);
+  // At most `most` nodes; the first one below `least` is the last one. Where rows cost something, growth stops when no
+  // number of further nodes can give more tokens per second than the best one so far.
+  Grown grow(size_t most, double least, const Predictions& predictions, Seconds seconds) const;
+  // The first nodes of such a trie that give the most tokens per second, and among them at most `ahead` look-ahead rows
+  // below a node, each worth more than `least_value` (`plan_rows`).
+  Drafted draft(size_t most, double least, const Predictions& predictions, Seconds seconds, size_t ahead,
+                double least_value) const;
+  // Counts which guesses at the tokens emitted behind the sequence came true; then remembers what the model found likely
+  // after the sequence and after each row of a draft, `successors`, the sequence's first.
+  void observe(const std::vector<int32_t>& emitted, const Predictions& predictions, const std::vector<int32_t>& tokens,
+               const std::vector<int32_t>& parents, const std::vector<int32_t>& accepted,
+               const std::vector<std::vector<int32_t>>& successors);
 
  private:
   static constexpr int kMostEnds = 8;
-  struct Ends {
-    std::array<int32_t, kMostEnds> at;
-    int64_t added = 0;  // the newest is at[(added - 1) % kMostEnds]
-  };
-  struct Successors {
-    std::vector<int32_t> tokens;
-    uint64_t updated;
-  };
-  struct Hasher {
-    size_t operator()(uint64_t key) const;
-  };
+  // Rows of `ends_`: how many times the n-gram ended, and the last positions behind it, the newest at [(n - 1) % kMostEnds].
+  // Rows of successors: when they were updated, their number, and these.
+  static constexpr size_t kUsualSuccessors = 8, kSuccessorsHead = 2;
   struct Found {
     int32_t token;
     Guess guess;
@@ -92,16 +109,18 @@ class Guesses {
   Tail tail() const;
   void find(const Tail& tail, size_t depth, const Predictions& predictions, std::vector<Found>& found) const;
   void weigh(const std::vector<Found>& found, std::vector<Candidate>& candidates) const;
+  void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
+  void remember(int32_t before, int32_t token, const std::vector<int32_t>& successors);
+  static int32_t* store(FlatTable& table, uint64_t key, const std::vector<int32_t>& successors);
 
   AcceptanceRates& rates_;
   int longest_;
   size_t pairs_;
   std::vector<int32_t> tokens_;
-  std::vector<std::unordered_map<uint64_t, Ends, Hasher>> ends_;  // by the n-gram's length
-  std::unordered_map<uint64_t, Successors, Hasher> after_pair_;
-  std::unordered_map<int32_t, std::vector<int32_t>> after_;
-  std::deque<std::pair<uint64_t, uint64_t>> updates_;  // (pair, when), the oldest first
-  uint64_t clock_ = 0;
+  FlatTable ends_{1 + kMostEnds};
+  FlatTable after_pair_{kSuccessorsHead + kUsualSuccessors}, after_{kSuccessorsHead + kUsualSuccessors};
+  std::deque<std::pair<uint64_t, int32_t>> updates_;  // (pair, when), the oldest first
+  int32_t clock_ = 0;
   const int32_t* known_ = nullptr;
   size_t known_tokens_ = 0, known_width_ = 0;
 };
@@ -113,9 +132,9 @@ struct Plan {
 };
 
 // The rows with the most expected tokens per second. `gains[j]`: the chance that the j-th look-ahead row below the token
-// where the path ends foresees one that nothing else does, falling; rows worth `least` or less are left out. `seconds`, of a
-// step with 0, 1, ... rows beside the last token's, limits the rows; empty: the `most` best ones whatever they cost.
+// where the path ends foresees one that nothing else does, falling; rows worth `least` or less are left out. Where rows cost
+// nothing, they are the `most` best ones.
 Plan plan_rows(const std::vector<int32_t>& parents, const std::vector<double>& chances, const std::vector<double>& gains,
-               double least, size_t most, const double* seconds, size_t count);
+               double least, size_t most, Seconds seconds);
 
 }  // namespace shoestring

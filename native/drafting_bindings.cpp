@@ -5,7 +5,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
 #include "drafting.hpp"
@@ -15,8 +14,11 @@ namespace nb = nanobind;
 namespace shoestring {
 namespace {
 
-using Seconds = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Known = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+size_t count_of(int64_t most) { return most > 0 ? static_cast<size_t>(most) : 0; }
+Seconds seconds_of(const Table& table) { return table.is_valid() ? Seconds{table.data(), table.shape(0)} : Seconds{}; }
 
 struct Rates {
   std::shared_ptr<AcceptanceRates> shared;
@@ -53,12 +55,12 @@ void bind_drafting(nb::module_& module) {
   module.def(
       "plan_rows",
       [](const std::vector<int32_t>& parents, const std::vector<double>& chances, const std::vector<double>& gains,
-         double least, int64_t most, const Seconds& seconds) {
-        Plan plan = plan_rows(parents, chances, gains, least, most > 0 ? static_cast<size_t>(most) : 0, seconds.data(),
-                              seconds.shape(0));
+         double least, int64_t most, const Table& seconds) {
+        Plan plan = plan_rows(parents, chances, gains, least, count_of(most), seconds_of(seconds));
         return nb::make_tuple(plan.kept, plan.chains);
       },
-      nb::arg("parents"), nb::arg("chances"), nb::arg("gains"), nb::arg("least"), nb::arg("most"), nb::arg("seconds"));
+      nb::arg("parents"), nb::arg("chances"), nb::arg("gains"), nb::arg("least"), nb::arg("most"),
+      nb::arg("seconds").none());
 
   nb::class_<HeldGuesses>(module, "Guesses")
       .def(
@@ -77,20 +79,25 @@ void bind_drafting(nb::module_& module) {
            [](HeldGuesses& self, const std::vector<int32_t>& tokens) { self.guesses.extend(tokens.data(), tokens.size()); })
       .def("__len__", [](const HeldGuesses& self) { return self.guesses.length(); })
       .def("grow",
-           [](const HeldGuesses& self, int64_t most, double least, const Predictions& predictions) {
-             Grown grown = self.guesses.grow(most > 0 ? static_cast<size_t>(most) : 0, least, predictions);
+           [](const HeldGuesses& self, int64_t most, double least, const Predictions& predictions, const Table& seconds) {
+             Grown grown = self.guesses.grow(count_of(most), least, predictions, seconds_of(seconds));
              return nb::make_tuple(grown.tokens, grown.parents, grown.sources, grown.chances);
-           })
-      .def("judge", [](HeldGuesses& self, const std::vector<int32_t>& emitted,
-                       const Predictions& predictions) { self.guesses.judge(emitted, predictions); })
-      .def("remember",
-           [](HeldGuesses& self, const std::vector<int32_t>& before, const std::vector<int32_t>& tokens,
-              const std::vector<std::vector<int32_t>>& successors) {
-             if (before.size() != tokens.size() || tokens.size() != successors.size()) {
-               throw std::invalid_argument("a token before, a token and successors are needed for each row");
-             }
-             for (size_t row = 0; row < tokens.size(); ++row) self.guesses.remember(before[row], tokens[row], successors[row]);
-           });
+           },
+           nb::arg("most"), nb::arg("least"), nb::arg("predictions"), nb::arg("seconds").none())
+      .def("draft",
+           [](const HeldGuesses& self, int64_t most, double least, const Predictions& predictions, const Table& seconds,
+              size_t ahead, double least_value) {
+             Drafted drafted =
+                 self.guesses.draft(count_of(most), least, predictions, seconds_of(seconds), ahead, least_value);
+             return nb::make_tuple(drafted.tokens, drafted.parents, drafted.sources, drafted.chains);
+           },
+           nb::arg("most"), nb::arg("least"), nb::arg("predictions"), nb::arg("seconds").none(), nb::arg("ahead"),
+           nb::arg("least_value"))
+      .def("observe", [](HeldGuesses& self, const std::vector<int32_t>& emitted, const Predictions& predictions,
+                         const std::vector<int32_t>& tokens, const std::vector<int32_t>& parents,
+                         const std::vector<int32_t>& accepted, const std::vector<std::vector<int32_t>>& successors) {
+        self.guesses.observe(emitted, predictions, tokens, parents, accepted, successors);
+      });
 }
 
 }  // namespace shoestring

@@ -209,3 +209,22 @@ def test_steps_correct_the_measured_cost():
     assert corrected.of(4) == pytest.approx(truth.of(4), rel=0.3)
     assert measured.best_rows(chances) >= 4
     assert corrected.best_rows(chances) == truth.best_rows(chances) <= 1
+
+
+def test_row_counts_without_a_time_take_the_nearest_ones_correction():
+    clock = Clock()
+    governor = Governor(clock=clock, first=1)
+    rows = (1, 2, 4, 8, 16)
+    measured = StepCost(rows, (1.0, 1.0, 1.0, 1.0, 1.0))
+    governor.calibrate(measured)
+
+    def step(took, count):
+        governor.drafts()
+        clock.now += took
+        governor.ends(1, count)
+        governor.drafts()  # judges the step before
+        return governor.calibrate(measured).seconds
+
+    assert step(2.0, 1) == (2.0,) * 5, "only a plain step is known"
+    assert step(6.0, 13) == (2.0, 2.0, 2.0, 6.0, 6.0), "four rows are as near to one as to sixteen: as one"
+    assert step(4.0, 3) == (2.0, 4.0, 4.0, 6.0, 6.0), "three rows are as near to two as to four: two's"

@@ -45,6 +45,15 @@ def test_best_rows_is_the_best_of_all_counts(cost, chances, batch):
     assert speed(best) >= max(speed(rows) for rows in range(len(chances) + 1)) * (1 - 1e-9)
 
 
+@given(costs(), st.lists(st.tuples(st.integers(0, 150), st.integers(1, 5)), min_size=1, max_size=4))
+def test_a_table_says_what_each_row_count_costs_however_often_it_is_asked(cost, asked):
+    for rows, batch in asked:
+        table = cost.table(rows, batch)
+        assert table == pytest.approx([cost.of(batch * (count + 1)) for count in range(rows + 1)])
+        with pytest.raises(ValueError, match="read-only"):
+            table[0] = 0.0
+
+
 def test_rows_pay_where_they_are_cheap_only():
     assert StepCost((1, 16), (1.0, 1.1)).pays()
     assert not StepCost((1, 2, 4, 16), (1.0, 2.0, 4.0, 16.0)).pays()

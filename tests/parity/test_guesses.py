@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoestring.decoding.drafters.guesses import PlainGuesses, make_guesses, plain_plan_rows, plan_rows
+from shoestring.decoding.drafters.guesses import PlainGuesses, make_guesses, plan_rows
+from shoestring.decoding.drafters.protocol import ROOT
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, native_part
+from shoestring.decoding.tune import best_rows
+from shoestring.engine.tokentree import NO_TOKEN
 
 pytestmark = pytest.mark.skipif(native_part() is None, reason="the native part is not installed")
 
@@ -28,9 +31,30 @@ def pair(known=None):
     return made
 
 
-def grown(guesses, most, least, predictions):
-    tokens, parents, sources, chances = guesses.grow(most, least, predictions)
+def grown(guesses, most, least, predictions, seconds=None):
+    tokens, parents, sources, chances = guesses.grow(most, least, predictions, seconds)
     return list(tokens), list(parents), list(sources), list(chances)
+
+
+def drafted(guesses, most, *arguments):
+    """A draft, whose look-ahead rows stand where its pairs say."""
+    tokens, parents, sources, chains = map(list, guesses.draft(most, *arguments))
+    assert len(tokens) == len(parents) == len(sources) <= max(most, 0)
+    row = kept = len(tokens) - sum(rows for _, rows in chains)
+    assert NO_TOKEN not in tokens[:kept]
+    for node, rows in chains:
+        assert ROOT <= node < kept
+        assert parents[row : row + rows] == [node, *range(row, row + rows - 1)]
+        row += rows
+    assert tokens[kept:] == [NO_TOKEN] * (row - kept)
+    assert sources[kept:] == [len(SOURCES)] * (row - kept)
+    return tokens, parents, sources, chains
+
+
+def some_seconds(chance, most):
+    """Of a step with 0, 1, ..., `most` rows: at times flat, at times in proportion, with steps."""
+    more = chance.choice([[0.0], [0.25], [1.0], [0.0, 0.1], [0.0, 0.0, 0.0, 2.0], [0.01, 0.3, 0.5]])
+    return np.cumsum([1.0, *(chance.choice(more) for _ in range(max(0, most)))])
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,12 +88,25 @@ def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, a
             guesses.extend(text[len(guesses) :])
         drafts = [grown(guesses, most, least, predictions) for _, guesses in made]
         assert drafts[0] == drafts[1]
+        seconds = some_seconds(chance, most)
+        stopped = [grown(guesses, most, least, predictions, seconds) for _, guesses in made]
+        assert stopped[0] == stopped[1]
+        rows = len(stopped[0][0])
+        assert stopped[0] == tuple(column[:rows] for column in drafts[0])
+        assert best_rows(stopped[0][3], seconds) == best_rows(drafts[0][3], seconds)
+        for table in (None, seconds):
+            arguments = (most, least, predictions, table, chance.randrange(5), chance.choice([0.0, 0.02]))
+            both = [drafted(guesses, *arguments) for _, guesses in made]
+            assert both[0] == both[1]
         emitted = some(chance.randint(1, 4))
-        rows = chance.randint(1, 8)
-        remembered = (some(rows), some(rows), [successors() for _ in range(rows)])
+        rows = chance.randint(0, 8)
+        nodes = [chance.choice([*range(vocabulary), NO_TOKEN]) for _ in range(rows)]
+        parents = [chance.randint(ROOT, row - 1) for row in range(rows)]
+        tokens = [row for row in range(rows) if nodes[row] != NO_TOKEN]
+        path = sorted(chance.sample(tokens, chance.randint(0, min(2, len(tokens)))))
+        likely = [successors() for _ in range(rows + 1)]
         for _, guesses in made:
-            guesses.judge(emitted, predictions)
-            guesses.remember(*remembered)
+            guesses.observe(emitted, predictions, nodes, parents, path, likely)
         text += emitted
     for source in SOURCES:
         for length in range(6):
@@ -78,28 +115,43 @@ def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, a
                 assert plain == native
 
 
-def test_the_oldest_pairs_make_room_in_both(monkeypatch):
+@pytest.mark.parametrize(("pairs", "vocabulary", "rows"), [(5, 6, 80), (100, 30, 1500)])
+def test_the_oldest_pairs_make_room_in_both(monkeypatch, pairs, vocabulary, rows):
     from shoestring.decoding.drafters import guesses as module
 
-    monkeypatch.setattr(module, "_PAIRS", 5)
+    monkeypatch.setattr(module, "_PAIRS", pairs)
     made = pair()
     chance = random.Random(3)
-    for _ in range(40):
-        row = ([chance.randrange(6)], [chance.randrange(6)], [[chance.randrange(6)]])
+    for row in range(rows // 2):
+        text = chance.choices(range(vocabulary), k=3)
+        # Halfway through more successors are remembered than there was room for.
+        likely = [
+            chance.sample(range(vocabulary), 1 if row < rows // 4 else vocabulary // 2) for _ in range(2)
+        ]
         for _, guesses in made:
-            guesses.remember(*row)
-    for last in range(36):
+            guesses.extend(text[:2])
+            guesses.observe([], [], text[2:], [ROOT], [0], likely)
+    for last in range(vocabulary**2):
         drafts = []
         for _, guesses in made:
-            guesses.extend([last // 6, last % 6])
+            guesses.extend([last // vocabulary, last % vocabulary])
             drafts.append(grown(guesses, 6, 0.0, []))
         assert drafts[0] == drafts[1]
+
+
+def test_growth_ends_where_nothing_more_can_pay():
+    for _, guesses in pair():
+        guesses.extend([1, 2, 3] * 4)
+        guesses.observe([], [], [1, 2], [ROOT, ROOT], [], [[5, 6, 7, 8]] * 3)
+        assert len(grown(guesses, 40, 0.0, [])[0]) == 40
+        assert 0 < len(grown(guesses, 40, 0.0, [], np.linspace(1.0, 5.0, 41))[0]) < 12
+        assert not grown(guesses, 40, 0.0, [], np.linspace(1.0, 41.0, 41))[0], "a row costs as much as a step"
 
 
 def test_what_was_forgotten_is_not_drafted():
     for _, guesses in pair():
         guesses.extend([1, 2, 1, 2])
-        guesses.remember([1], [2], [[7]])
+        guesses.observe([], [], [], [], [], [[7]])
         assert 7 in grown(guesses, 8, 0.0, [])[0]
         guesses.forget()
         guesses.extend([1, 2])
@@ -130,13 +182,9 @@ def test_both_plan_the_same_rows(seed, nodes, ahead, least, most, costs, coarse)
     parents = [number_of[parents[node]] for node in order]
     chances = [chances[node] for node in order]
     gains = sorted((number() for _ in range(ahead)), reverse=True)
-    seconds = None
-    if costs:
-        rows = max(0, most) + 1
-        seconds = np.cumsum([1.0, *(chance.choice([0.0, 0.05, 0.3]) for _ in range(rows - 1))])
-    found = plan_rows(parents, chances, gains, least, most, seconds)
-    assert found == plain_plan_rows(parents, chances, gains, least, most, seconds)
-    kept, chains = found
+    seconds = some_seconds(chance, most) if costs else None
+    kept, chains = plan_rows(parents, chances, gains, least, most, seconds)
+    assert native_part().plan_rows(parents, chances, gains, least, most, seconds) == (kept, chains)
     assert kept + sum(count for _, count in chains) <= max(most, 0)
     assert all(-1 <= node < kept and 0 < count <= ahead for node, count in chains)
     if not costs and most >= nodes * (1 + ahead) + ahead:

@@ -10,8 +10,9 @@ lost as much time as a few plain steps take, and then rest until that is a small
 import math
 import statistics
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from shoestring.decoding.tune import StepCost
@@ -70,6 +71,8 @@ class Governor:
         self._measured: StepCost | None = None
         # Factors of the measured seconds, None where no step was seen.
         self._corrections: list[float | None] = []
+        # By measured row count, the nearest one that has a correction.
+        self._nearest: list[int] = []
         self._began: float | None = None  # the step that is under way
         self._ended = 0.0
         self._drafted, self._counts, self._sequences = False, True, 1
@@ -78,7 +81,7 @@ class Governor:
 
     def calibrate(self, measured: StepCost) -> StepCost:
         """The measured cost of a step as steps have corrected it so far."""
-        if measured != self._measured:
+        if measured is not self._measured and measured != self._measured:
             self._measured = self.cost = measured
             self._corrections = [None] * len(measured.rows)
         assert self.cost is not None, "set above"
@@ -112,8 +115,11 @@ class Governor:
     @property
     def _account(self) -> _Account:
         """That of the present number of sequences; one plain step begins it, and more where nothing has run yet."""
-        first = 1 if self._accounts else self._first
-        return self._accounts.setdefault(self._sequences, _Account(first))
+        account = self._accounts.get(self._sequences)
+        if account is None:
+            account = _Account(1 if self._accounts else self._first)
+            self._accounts[self._sequences] = account
+        return account
 
     def _finish(self) -> None:
         """Judge the step that is over."""
@@ -156,7 +162,7 @@ class Governor:
         measured = self._measured
         if measured is None:
             return
-        nearest = min(range(len(measured.rows)), key=lambda i: abs(measured.rows[i] - rows))
+        nearest = _nearest(measured.rows, rows)
         factor, known = seconds / measured.of(rows), self._corrections[nearest]
         if not self._drafted:
             # What a plain step takes is a median already; other corrections fade towards its own.
@@ -165,9 +171,23 @@ class Governor:
             ]
             known = None
         self._corrections[nearest] = factor if known is None else known + _WEIGHT * (factor - known)
-        seen = [i for i, other in enumerate(self._corrections) if other is not None]
-        factors = [self._corrections[min(seen, key=lambda s: abs(s - i))] for i in range(len(measured.rows))]
+        if known is None:
+            seen = [index for index, other in enumerate(self._corrections) if other is not None]
+            self._nearest = [seen[_nearest(seen, index)] for index in range(len(measured.rows))]
         self.cost = StepCost(
             measured.rows,
-            tuple(base * (factor or 1.0) for base, factor in zip(measured.seconds, factors, strict=True)),
+            tuple(
+                [
+                    base * (self._corrections[near] or 1.0)
+                    for base, near in zip(measured.seconds, self._nearest, strict=True)
+                ]
+            ),
         )
+
+
+def _nearest(numbers: Sequence[int], number: int) -> int:
+    """The index of the nearest of increasing numbers, of two as near the smaller one."""
+    above = bisect_left(numbers, number)
+    if above == len(numbers) or (above and number - numbers[above - 1] <= numbers[above] - number):
+        return above - 1
+    return above

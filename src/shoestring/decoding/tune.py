@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 
-__all__ = ["ROW_COUNTS", "StepCost", "fingerprint", "measure_step_cost", "remembered_step_cost"]
+__all__ = ["ROW_COUNTS", "StepCost", "best_rows", "fingerprint", "measure_step_cost", "remembered_step_cost"]
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _CONTEXT = 192
@@ -42,6 +43,10 @@ class StepCost:
             seconds[index] = min(seconds[index], seconds[index + 1])
         return seconds
 
+    @cached_property
+    def _tables(self) -> dict[int, np.ndarray]:
+        return {}  # by batch, as far as steps were measured
+
     @property
     def most_rows(self) -> int:
         """The most rows that were measured."""
@@ -52,10 +57,12 @@ class StepCost:
         seconds = self._monotone
         if rows >= self.rows[-1]:
             return seconds[-1] * rows / self.rows[-1]
-        for (low, cheap), (high, dear) in pairwise(zip(self.rows, seconds, strict=True)):
-            if rows <= high:
-                return cheap + (dear - cheap) * max(rows - low, 0) / (high - low)
-        return seconds[0]
+        above = bisect_left(self.rows, rows)
+        if not above:
+            return seconds[0]
+        low, high = self.rows[above - 1], self.rows[above]
+        cheap, dear = seconds[above - 1], seconds[above]
+        return cheap + (dear - cheap) * (rows - low) / (high - low)
 
     def pays(self) -> bool:
         """Whether any number of rows would be worth its time if half of their tokens were right.
@@ -70,18 +77,26 @@ class StepCost:
 
         `chances[i]` is the chance that row i is accepted; each of `batch` sequences drafts alike.
         """
-        expected = np.cumsum([1.0, *chances])
-        # The first of the best: a row that gains nothing is left out.
-        return int(np.argmax(expected / self.table(len(expected) - 1, batch)))
+        return best_rows(chances, self.table(len(chances), batch))
 
     def table(self, rows: int, batch: int = 1) -> np.ndarray:
         """Seconds of a step with 0, 1, ..., `rows` drafted rows for each of `batch` sequences: float64 [rows + 1]."""
-        return self._of_each(batch * np.arange(1, rows + 2))
+        table = self._tables.get(batch)
+        if table is None or len(table) <= rows:
+            each = batch * np.arange(1, max(rows + 1, self.most_rows // batch) + 1)
+            table = np.interp(each, self.rows, self._monotone)
+            if each[-1] > self.most_rows:
+                table = np.where(each > self.most_rows, self._monotone[-1] * each / self.most_rows, table)
+            table.setflags(write=False)
+            self._tables[batch] = table
+        return table[: rows + 1]
 
-    def _of_each(self, rows: np.ndarray) -> np.ndarray:
-        """`of` for many row counts at once."""
-        seconds = np.interp(rows, self.rows, self._monotone)
-        return np.where(rows >= self.rows[-1], self._monotone[-1] * rows / self.rows[-1], seconds)
+
+def best_rows(chances: Sequence[float] | np.ndarray, seconds: np.ndarray) -> int:
+    """How many rows, taken in order, give the most expected tokens in the seconds of a step with 0, 1, ... of them."""
+    expected = np.cumsum([1.0, *chances])
+    # The first of the best: a row that gains nothing is left out.
+    return int(np.argmax(expected / seconds[: len(expected)]))
 
 
 def measure_step_cost(

@@ -277,6 +277,6 @@ class _NativeResults(SlotResults):
             raise RequestError(NOT_FINITE)
         return self._best
 
-    @functools.cached_property
+    @property
     def _top(self) -> list[list[int]]:
         return self._likeliest

@@ -41,6 +41,7 @@ class SlotResults:
         top_k: int,
     ) -> None:
         self._tree, self._all_logits, self._hidden = tree, logits, hidden
+        self._rows = list(rows)
         self._index = {row: index for index, row in enumerate(rows)}
         self._sampling, self._cached, self._tokens, self._top_k = sampling, cached, tokens, top_k
         self._next: dict[int, int] = {}
@@ -76,14 +77,20 @@ class SlotResults:
 
     def top_k(self, row: int) -> list[int]:
         """The likeliest tokens, best first, as many as were asked for."""
+        return self.top_k_of([row])[0]
+
+    def top_k_of(self, rows: Sequence[int]) -> list[list[int]]:
+        """`top_k` of several rows."""
         if not self._top_k:
             raise KeyError("the step was not asked for top_k")
-        return self._top[self._index[row]]
+        if list(rows) == self._rows:  # those of all rows, as a draft's observer asks for them
+            return self._top
+        return [self._top[self._index[row]] for row in rows]
 
     def candidates(self, rows: Sequence[int], count: int) -> list[list[int]]:
         """Per row, tokens likely to be the next under the slot's sampling options, best first: for drafts."""
         if self._sampling.greedy or not rows:
-            return [self.top_k(row)[:count] for row in rows]
+            return [likely[:count] for likely in self.top_k_of(rows)] if rows else []
         positions = [self._cached + self._tree.depths[row] + 1 for row in rows]
         logits = self._logits[[self._index[row] for row in rows]]
         return likely_draws(logits, self._sampling, positions, count)

@@ -65,6 +65,9 @@ class RowResults(Protocol):
     def top_k(self, row: int) -> list[int]:
         """The likeliest tokens, best first, as many as were asked for."""
 
+    def top_k_of(self, rows: Sequence[int]) -> list[list[int]]:
+        """`top_k` of several rows."""
+
     def candidates(self, rows: Sequence[int], count: int) -> list[list[int]]:
         """Per row, tokens likely to be the next under the slot's sampling options, best first (at most `top_k`)."""
 

@@ -4,9 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoestring.decoding.decode import decode
+from shoestring.decoding.drafters.guesses import PlainGuesses
 from shoestring.decoding.drafters.merged import MergedDrafter
 from shoestring.decoding.drafters.protocol import Context
-from shoestring.decoding.drafters.rates import AcceptanceRates
+from shoestring.decoding.drafters.rates import AcceptanceRates, native_part
 from shoestring.decoding.tune import StepCost
 from shoestring.errors import RequestError
 
@@ -98,3 +99,19 @@ def test_a_drafter_used_again_knows_nothing_of_the_last_text_but_the_rates():
     run(runner_of("llama"), [request(prompt_of(30, seed=5), used, most=14)])
     used._rates = AcceptanceRates()
     assert steps(used) == steps(MergedDrafter(FLAT_COST, budget=8))
+
+
+def test_a_native_part_older_than_this_leaves_drafting_to_the_plain_twin(monkeypatch):
+    native = pytest.importorskip("shoestring._native", reason="built without the native part")
+    assert native_part() is native
+
+    class Guesses:
+        """What an older one had."""
+
+        draft = native.Guesses.draft
+
+    monkeypatch.setattr(native, "Guesses", Guesses)
+    assert native_part() is None
+    drafter = MergedDrafter(FLAT_COST)
+    assert isinstance(drafter._guesses, PlainGuesses)
+    assert len(propose(drafter, TEXT)) >= 3

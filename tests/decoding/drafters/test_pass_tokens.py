@@ -265,6 +265,15 @@ def test_where_rows_are_dear_pass_decodes_plainly():
     assert not merged.propose(Context(list(PROMPT), len(PROMPT)), 1024).embeddings
 
 
+def test_more_look_ahead_embeddings_than_are_counted():
+    for native in (None, False):
+        drafter = MergedDrafter(None, 100, look_ahead=untrained(50), rates=AcceptanceRates(native=native))
+        drafter.begin([5])
+        draft = drafter.propose(Context([5], 1), 1024)
+        assert len(draft.embeddings) == 30
+        assert {owner for owners in draft.owners.values() for owner in owners} == {"look-ahead"}
+
+
 def test_a_batch_shares_rates_and_gives_each_prompt_its_own_text():
     prompts = [prompt_of(length, seed=length) for length in (5, 18, 30)]
     shared = AcceptanceRates()

@@ -6,6 +6,7 @@ is counted while decoding. A node's chance is the product of its tokens' chances
 
 import functools
 import heapq
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,16 +18,24 @@ from shoestring.decoding.drafters.ngram import SuffixIndex
 from shoestring.decoding.drafters.protocol import ROOT
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Guess, native_part
 from shoestring.decoding.drafters.recycle import SuccessorTable
+from shoestring.decoding.tune import best_rows
+from shoestring.engine.tokentree import NO_TOKEN
 
-__all__ = ["Guesses", "PlainGuesses", "make_guesses", "plain_plan_rows", "plan_rows"]
+__all__ = ["Guesses", "PlainGuesses", "make_guesses", "plan_rows"]
 
 _MOST_RANK = 32  # of a source's guesses
 _PAIRS = 200_000
+_SLACK = 1 + 1e-9  # sums round: nothing that may be as good as the best is given up
 
 Predictions = Sequence[Sequence[int]]
 """Per position after the last token, tokens that may stand there, best first (PaSS)."""
 Grown = tuple[list[int], list[int], list[int], list[float]]
 """Nodes in the order in which they were taken: tokens, parents, sources (an index of `SOURCES`), chances."""
+Drafted = tuple[list[int], list[int], list[int], list[tuple[int, int]]]
+"""A step's rows, nodes before look-ahead rows: tokens, parents, sources; and (node or `ROOT`, look-ahead rows below it).
+
+A look-ahead row's token is `NO_TOKEN`, and its source `len(SOURCES)`. They stand in the order of the pairs.
+"""
 
 
 class Guesses(Protocol):
@@ -43,14 +52,47 @@ class Guesses(Protocol):
 
     def __len__(self) -> int: ...
 
-    def grow(self, most: int, least: float, predictions: Predictions) -> Grown:
-        """At most `most` nodes by falling chance; the first one below `least` is the last one."""
+    def grow(
+        self, most: int, least: float, predictions: Predictions, seconds: np.ndarray | None = None
+    ) -> Grown:
+        """At most `most` nodes by falling chance; the first one below `least` is the last one.
 
-    def judge(self, emitted: list[int], predictions: Predictions) -> None:
-        """Count which guesses at the tokens that follow the sequence came true."""
+        `seconds`, of a step with 0, 1, ... nodes (`StepCost.table`), ends growth where no number of further nodes can
+        give more tokens per second than the best one so far; None: they cost nothing.
+        """
 
-    def remember(self, before: list[int], tokens: list[int], successors: list[list[int]]) -> None:
-        """Row by row, what the model found likely after a token behind another one; later rows replace earlier ones."""
+    def draft(
+        self,
+        most: int,
+        least: float,
+        predictions: Predictions,
+        seconds: np.ndarray | None,
+        ahead: int,
+        least_value: float,
+    ) -> Drafted:
+        """The first nodes of such a trie, as many as give the most tokens per second, and look-ahead rows below them.
+
+        These compete for rows with the nodes (`plan_rows`): at most `ahead` below a node, each worth more than
+        `least_value`.
+        """
+
+    def observe(
+        self,
+        emitted: Sequence[int],
+        predictions: Predictions,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        accepted: Sequence[int],
+        successors: Sequence[Sequence[int]],
+    ) -> None:
+        """Count which guesses at the tokens emitted behind the sequence came true; remember what a step found likely.
+
+        Args:
+            emitted: tokens that follow the sequence.
+            predictions: those that the draft was made with.
+            tokens, parents, accepted: the draft, `NO_TOKEN` for its look-ahead rows, and the accepted path.
+            successors: tokens likely behind the sequence, and behind each row.
+        """
 
 
 def make_guesses(rates: AcceptanceRates, longest: int) -> Guesses:
@@ -62,9 +104,9 @@ def make_guesses(rates: AcceptanceRates, longest: int) -> Guesses:
 
 
 def plan_rows(
-    parents: list[int],
-    chances: list[float],
-    gains: list[float],
+    parents: Sequence[int],
+    chances: Sequence[float],
+    gains: Sequence[float],
     least: float,
     most: int,
     seconds: np.ndarray | None,
@@ -83,24 +125,6 @@ def plan_rows(
 
     Returns: the number of nodes, and (node or `ROOT`, look-ahead rows) by node.
     """
-    native = native_part()
-    if native is None or not hasattr(native, "plan_rows"):
-        return plain_plan_rows(parents, chances, gains, least, most, seconds)
-    count, chains = native.plan_rows(
-        parents, chances, gains, least, most, np.empty(0) if seconds is None else seconds
-    )
-    return count, chains
-
-
-def plain_plan_rows(
-    parents: list[int],
-    chances: list[float],
-    gains: list[float],
-    least: float,
-    most: int,
-    seconds: np.ndarray | None,
-) -> tuple[int, list[tuple[int, int]]]:
-    """`plan_rows` in NumPy."""
     drafted = len(chances)
     ends = np.array([1.0, *chances])  # by row, the last token's first: the chance that the path ends there
     np.subtract.at(ends, np.array(parents, np.intp) + 1, chances)
@@ -117,6 +141,30 @@ def plain_plan_rows(
     kept = int((order < drafted).sum())
     below = Counter(nodes[order[order >= drafted]].tolist())
     return kept, sorted((node, count) for node, count in below.items() if node < kept)
+
+
+class _Speed:
+    """Expected tokens of the rows taken so far, by falling chance, and the most of them per second."""
+
+    def __init__(self, seconds: np.ndarray | None) -> None:
+        self._seconds = seconds
+        self._rows, self._expected = 0, 1.0
+        self._fastest = 0.0 if seconds is None else 1 / seconds[0]
+
+    def may_gain(self, chance: float) -> bool:
+        """Whether some number of further rows, each with at most this chance, may give more."""
+        if self._seconds is None:
+            return True
+        seconds = self._seconds[self._rows + 1 :]
+        expected = self._expected + np.arange(1, len(seconds) + 1) * chance
+        return bool((expected * _SLACK > self._fastest * seconds).any())
+
+    def take(self, chance: float) -> None:
+        """Take another row."""
+        self._rows += 1
+        self._expected += chance
+        if self._seconds is not None and self._rows < len(self._seconds):
+            self._fastest = max(self._fastest, self._expected / self._seconds[self._rows])
 
 
 class PlainGuesses:
@@ -150,8 +198,10 @@ class PlainGuesses:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def grow(self, most: int, least: float, predictions: Predictions) -> Grown:
-        """At most `most` nodes by falling chance; the first one below `least` is the last one."""
+    def grow(
+        self, most: int, least: float, predictions: Predictions, seconds: np.ndarray | None = None
+    ) -> Grown:
+        """At most `most` nodes by falling chance; growth ends as `Guesses.grow` says."""
         tokens: list[int] = []
         parents: list[int] = []
         sources: list[int] = []
@@ -159,6 +209,7 @@ class PlainGuesses:
         heap: list[tuple[float, int, int, int, str, tuple[int, ...]]] = []
         depths = {ROOT: 0}
         order = 0
+        speed = _Speed(None if seconds is None else seconds[: max(most, 0) + 1])
 
         def offer(node: int, chance: float, tail: tuple[int, ...]) -> None:
             nonlocal order
@@ -169,23 +220,68 @@ class PlainGuesses:
 
         if most > 0 and self._tokens:
             offer(ROOT, 1.0, tuple(self._tokens[-self._longest :]))
-        while heap and len(tokens) < most:
+        while heap and len(tokens) < most and speed.may_gain(-heap[0][0]):
             negative, _, parent, token, source, tail = heapq.heappop(heap)
             node = len(tokens)
             tokens.append(token)
             parents.append(parent)
             sources.append(SOURCES.index(source))
             chances.append(-negative)
+            speed.take(-negative)
             depths[node] = depths[parent] + 1
             if -negative < least:
                 break
             offer(node, -negative, tail)
         return tokens, parents, sources, chances
 
-    def judge(self, emitted: list[int], predictions: Predictions) -> None:
-        """Count which guesses at the tokens that follow the sequence came true."""
+    def draft(
+        self,
+        most: int,
+        least: float,
+        predictions: Predictions,
+        seconds: np.ndarray | None,
+        ahead: int,
+        least_value: float,
+    ) -> Drafted:
+        """The first nodes of such a trie, as many as give the most tokens per second, and look-ahead rows below them."""
+        tokens, parents, sources, chances = self.grow(most, least, predictions, seconds)
+        if seconds is not None:
+            chances = chances[: best_rows(chances, seconds)]
+        alone = [self._rates.rate(("only pass", place, 0)) for place in range(1, ahead + 1)]
+        gains = list(itertools.accumulate(alone, min))
+        count, chains = plan_rows(parents[: len(chances)], chances, gains, least_value, most, seconds)
+        tokens, parents, sources = tokens[:count], parents[:count], sources[:count]
+        for node, rows in chains:
+            parents += [node, *range(len(tokens), len(tokens) + rows - 1)]
+            tokens += [NO_TOKEN] * rows
+            sources += [len(SOURCES)] * rows
+        return tokens, parents, sources, chains
+
+    def observe(
+        self,
+        emitted: Sequence[int],
+        predictions: Predictions,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        accepted: Sequence[int],
+        successors: Sequence[Sequence[int]],
+    ) -> None:
+        """Count which guesses at the tokens emitted behind the sequence came true; remember what a step found likely."""
         if not self._tokens:
             return
+        self._judge(emitted, predictions)
+        # By node, ROOT (-1) at the end: its token, and the one before it.
+        drafted = [*tokens, self._tokens[-1]]
+        before = [*(drafted[parent] for parent in parents), self._tokens[-2] if len(self._tokens) > 1 else -1]
+        # What the accepted path shows holds longest, then what the likeliest rows do.
+        path = {*accepted}
+        others = [
+            node for node in range(len(tokens) - 1, ROOT, -1) if node not in path and tokens[node] != NO_TOKEN
+        ]
+        for node in [*others, ROOT, *accepted]:
+            self._table.update(before[node], drafted[node], successors[node + 1])
+
+    def _judge(self, emitted: Sequence[int], predictions: Predictions) -> None:
         text = [*self._tokens[-self._longest :], *emitted]
         start = len(text) - len(emitted)
         for depth, token in enumerate(emitted):
@@ -199,11 +295,6 @@ class PlainGuesses:
                 self._rates.observe(("only pass", depth + 1, 0), right == {"pass"})
         for depth in range(len(emitted), len(predictions)):
             self._rates.observe(("only pass", depth + 1, 0), False)
-
-    def remember(self, before: list[int], tokens: list[int], successors: list[list[int]]) -> None:
-        """Row by row, what the model found likely after a token behind another one; later rows replace earlier ones."""
-        for behind, token, likely in zip(before, tokens, successors, strict=True):
-            self._table.update(behind, token, likely)
 
     def _weighed(
         self, tail: tuple[int, ...], depth: int, predictions: Predictions

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shoestring.decoding.drafters.guesses import make_guesses, plan_rows
+from shoestring.decoding.drafters.guesses import make_guesses
 from shoestring.decoding.drafters.pass_tokens import LookAheadRows
-from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
+from shoestring.decoding.drafters.protocol import Context, Draft, StepObservation
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates
 from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.tune import StepCost
+from shoestring.engine.tokentree import NO_TOKEN
 from shoestring.errors import RequestError
 
 __all__ = ["MergedDrafter"]
@@ -25,7 +26,7 @@ _CANDIDATES = 3  # tokens taken from each look-ahead row
 _MOST_POSITIONS = 30  # of look-ahead rows whose predictions are counted
 _LEAST_CHANCE = 0.01  # of a row where rows cost something
 _LEAST_VALUE = 0.002  # tokens that a look-ahead row must be expected to gain
-_OWNERS = [[source] for source in SOURCES]
+_OWNERS = [*([source] for source in SOURCES), ["look-ahead"]]
 
 
 class MergedDrafter:
@@ -72,7 +73,11 @@ class MergedDrafter:
             self._ahead.forget()
 
     def propose(self, context: Context, budget: int) -> Draft:
-        """Grow the trie node by node in order of chance, then cut it where expected tokens/s is highest."""
+        """Grow the trie node by node in order of chance, and cut it where expected tokens/s is highest.
+
+        A look-ahead row is worth the chance that the path ends above it times the chance that it alone foresees a
+        token; it competes for rows with the drafted tokens.
+        """
         if self._governor is not None and not self._governor.drafts(context.batch):
             return Draft()
         guesses = self._guesses
@@ -85,76 +90,32 @@ class MergedDrafter:
         if cost is not None:
             most = min(most, cost.most_rows // context.batch - 1)
         least = 0.0 if cost is None else _LEAST_CHANCE
-        tokens, parents, sources, chances = guesses.grow(most, least, self._predictions)
-        rows = len(chances) if cost is None else cost.best_rows(chances, context.batch)
-        draft = Draft(tokens, parents, top_k=self._top_k)
-        draft.owners = {node: _OWNERS[source] for node, source in enumerate(sources)}
-        if self._ahead is None:
-            return _first_nodes(draft, rows)
-        return self._with_look_ahead(draft, chances[:rows], max(most, 0), cost, context.batch)
+        seconds = None if cost is None else cost.table(max(most, 0), context.batch)
+        ahead = 0 if self._ahead is None else min(len(self._ahead), _MOST_POSITIONS)
+        tokens, parents, sources, chains = guesses.draft(
+            most, least, self._predictions, seconds, ahead, _LEAST_VALUE
+        )
+        owners = dict(enumerate(map(_OWNERS.__getitem__, sources)))
+        draft = Draft(tokens, parents, top_k=self._top_k, owners=owners)
+        if self._ahead is not None:
+            self._ahead.stand(draft, chains, len(tokens) - tokens.count(NO_TOKEN))
+        return draft
 
     @property
     def _predictions(self) -> list[list[int]]:
         return [] if self._ahead is None else self._ahead.predictions[:_MOST_POSITIONS]
 
-    def _with_look_ahead(
-        self, draft: Draft, chances: list[float], most: int, cost: StepCost | None, batch: int
-    ) -> Draft:
-        """The draft's first nodes, as many as there are chances, and look-ahead rows below those where the path may end.
-
-        A look-ahead row is worth the chance that the path ends above it times the chance that it alone foresees a
-        token; it competes for rows with the drafted tokens.
-        """
-        rows = self._ahead
-        assert rows is not None, "asked for only with look-ahead embeddings"
-        foreseen, gains = 1.0, []
-        for position in range(1, len(rows) + 1):
-            foreseen = min(foreseen, self._rates.rate(("only pass", position, 0)))
-            gains.append(foreseen)
-        candidates = min(most, len(chances) + (len(chances) + 1) * len(gains))
-        seconds = None if cost is None else cost.table(candidates, batch)
-        parents = draft.parents[: len(chances)]
-        count, chains = plan_rows(parents, chances, gains, _LEAST_VALUE, most, seconds)
-        kept = _first_nodes(draft, count)
-        rows.begin(kept)
-        for node, length in chains:
-            rows.add(node, length)
-        return kept
-
     def observe(self, step: StepObservation) -> None:
         """Count which guesses came true along the accepted path, then remember all rows' successors."""
-        draft, tokens = step.draft, step.context.tokens
+        draft = step.draft
         if self._governor is not None:
             self._governor.ends(len(step.emitted), 1 + len(draft), counts=step.typical)
         if not draft.top_k:  # a plain step: nothing was guessed
             if self._ahead is not None:
                 self._ahead.forget()
             return
-        self._guesses.judge(list(step.emitted), self._predictions)
+        predictions = self._predictions
         if self._ahead is not None:
             self._ahead.read(step)
-        start = len(tokens) - len(step.emitted)
-        # What the accepted path shows holds longest, then what the likeliest rows do.
-        path = {ROOT, *step.accepted}
-        nodes = [
-            node
-            for node in range(len(draft) - 1, ROOT, -1)
-            if node not in path and node not in draft.embeddings and step.has(node)
-        ]
-        nodes += [ROOT, *step.accepted]
-        # By node, ROOT (-1) at the end: its token, and the one before it.
-        drafted = [*draft.tokens, tokens[start - 1]]
-        before = [drafted[parent] for parent in draft.parents]
-        before.append(tokens[start - 2] if start > 1 else -1)
-        self._guesses.remember(
-            [before[node] for node in nodes], [drafted[node] for node in nodes], step.top_k_of(nodes)
-        )
-
-
-def _first_nodes(draft: Draft, count: int) -> Draft:
-    """The draft's first `count` nodes (parents come before children, so it stays a trie)."""
-    if count >= len(draft):
-        return draft
-    kept = Draft(draft.tokens[:count], draft.parents[:count], top_k=draft.top_k)
-    kept.owners = {node: draft.owners[node] for node in range(count)}
-    return kept
+        likely = step.every_top_k()
+        self._guesses.observe(step.emitted, predictions, draft.tokens, draft.parents, step.accepted, likely)

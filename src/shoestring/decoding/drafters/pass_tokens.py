@@ -6,7 +6,7 @@ tokens at which the accepted path is likely to end, and reads the next drafts of
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
@@ -35,7 +35,7 @@ class LookAheadRows:
         self.candidates = candidates
         self.predictions: list[list[int]] = []
         """Per position after the last token, tokens that may stand there, best first."""
-        self._chains: dict[int, list[int]] = {}
+        self._chains: dict[int, Sequence[int]] = {}
         self._draft: Draft | None = None
 
     def __len__(self) -> int:
@@ -59,11 +59,19 @@ class LookAheadRows:
             chain.append(row)
         self._chains[node] = chain
 
+    def stand(self, draft: Draft, chains: Iterable[tuple[int, int]], first: int) -> None:
+        """The draft's rows from `first` on are look-ahead rows: so many below each of these nodes, in this order."""
+        self.begin(draft)
+        for node, count in chains:
+            self._chains[node] = rows = range(first, first + count)
+            draft.embeddings.update(zip(rows, self._vectors, strict=False))
+            first += count
+
     def read(self, step: StepObservation) -> None:
         """Take the predictions of the rows below the token at which the accepted path ended."""
-        chain: list[int] = []
+        chain: Sequence[int] = ()
         if step.draft is self._draft:  # else it was clipped: the context's end is near
-            chain = self._chains.get(step.accepted[-1] if step.accepted else ROOT, [])
+            chain = self._chains.get(step.accepted[-1] if step.accepted else ROOT, ())
         self.predictions = step.candidates(chain, self.candidates)
 
 

@@ -153,10 +153,10 @@ class StepObservation:
         """The likeliest tokens after a node, as many as the draft asked for."""
         return self.results.top_k(self.first_row + node)
 
-    def top_k_of(self, nodes: Sequence[int]) -> list[list[int]]:
-        """`top_k` of several nodes."""
-        top_k, first = self.results.top_k, self.first_row
-        return [top_k(first + node) for node in nodes]
+    def every_top_k(self) -> list[list[int]]:
+        """`top_k` of the last accepted token, and of each node."""
+        first = self.first_row
+        return self.results.top_k_of(range(first + ROOT, first + len(self.draft)))
 
     def candidates(self, nodes: Sequence[int], count: int) -> list[list[int]]:
         """Per node, tokens likely to follow it, best first, no more than the draft's `top_k`: for drafts."""

@@ -32,7 +32,7 @@ def native_part() -> Any:
         from shoestring import _native
     except ImportError:
         return None
-    return _native if hasattr(_native, "Guesses") else None
+    return _native if hasattr(getattr(_native, "Guesses", None), "observe") else None
 
 
 class AcceptanceRates:
