@@ -1,5 +1,6 @@
 """Lookahead decoding inside transformers: `model.generate(..., custom_generate=shoestring.custom_generate)`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,6 +112,10 @@ class _Stopping:
             if any(bool(criterion(ids, None)[0]) for criterion in self._criteria):
                 self.finish_reason = "stop"
         return ""
+
+    def foresee(self, tokens: Sequence[int]) -> tuple[int, str | None] | None:
+        """Criteria of other kinds are asked token by token."""
+        return None
 
     def end(self, reason: str) -> str:
         """End the sequence from outside."""

@@ -1,5 +1,7 @@
 """The loop on a tiny Llama: what ends a sequence, what is refused, what a batch shares, what is counted."""
 
+import functools
+
 import pytest
 import torch
 from architectures import ADMITTED, CONTEXT, VOCABULARY
@@ -22,6 +24,7 @@ from shoestring.decoding.decode import decode
 from shoestring.decoding.drafters.draft_model import DraftModelDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
+from shoestring.decoding.stopping import StopChecker
 from shoestring.engine.hf_runner import HFRunner
 from shoestring.engine.runner import NEXT_TOKENS
 from shoestring.engine.sampling import SamplingOptions
@@ -55,9 +58,23 @@ class Oracle:
         self.closed += 1
 
 
-@pytest.fixture
-def runner():
-    return runner_of("llama")
+class Ahead(HFRunner):
+    """Says that its steps run on while tokens are given out."""
+
+    asynchronous = True
+
+
+@functools.cache
+def ahead():
+    return Ahead(ADMITTED["llama"].build())
+
+
+@pytest.fixture(params=["waits", "asynchronous"])
+def runner(request):
+    if request.param == "waits":
+        return runner_of("llama")
+    ahead().clear()
+    return ahead()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +84,49 @@ def answer():
 
 def live(runner):
     return sorted(runner.slots)
+
+
+def test_tokens_are_given_out_while_the_next_step_runs(runner, answer):
+    """Not a text's last ones: another may take its place."""
+    steps = []
+
+    def step(trees, want=NEXT_TOKENS):
+        steps.append(len(trees))
+        return type(runner).step(runner, trees, want)
+
+    def requests():
+        yield request(PROMPT, Oracle(answer, depth=1), most=7)
+        yield request(PROMPT, most=3)
+
+    runner.step = step
+    try:
+        seen = [(emission.request, len(steps)) for emission in decode(runner, requests(), slots=1)]
+    finally:
+        del runner.step
+    first, second = ([at for index, at in seen if index == one] for one in (0, 1))
+    early = int(runner.asynchronous)
+    assert first == [1 + early, 1 + early, 2 + early, 2 + early, 3 + early, 3 + early, 4]
+    assert second == [5 + early, 6 + early, 7]
+
+
+def test_an_end_that_only_the_text_shows_is_looked_for_before_the_next_step(runner, answer):
+    class Reading(StopChecker):
+        def foresee(self, tokens):
+            return None
+
+        def push(self, token):
+            text = super().push(token)
+            if self.count == 9:
+                self.finish_reason = "stop"
+            return text
+
+    wanted = request(PROMPT, Oracle(answer))
+    wanted.stopping = Reading(None)
+    emissions = list(decode(runner, [wanted]))
+    assert [emission.token for emission in emissions] == answer[:9]
+    assert [emission.finish_reason for emission in emissions] == [None] * 8 + ["stop"]
+    assert runner.open(0, GREEDY, [*PROMPT, *answer]) <= len(PROMPT) + 9
+    runner.release(0)
 
 
 def test_a_right_draft_is_accepted_whole(runner, answer):
@@ -155,7 +215,8 @@ def test_closing_the_generator_releases_slots_and_drafters(runner, answer):
     assert [drafter.closed for drafter in drafters] == [1, 1]
 
 
-def test_two_streams_share_a_runner(runner, answer):
+def test_two_streams_share_a_runner(answer):
+    runner = runner_of("llama")
     one = decode(runner, [request(PROMPT, Oracle(answer), most=30)])
     begun = [next(one) for _ in range(3)]
     other = run(runner, [request(prompt_of(9, seed=5), LookaheadDrafter(3, 3, 3), most=6)])[0]

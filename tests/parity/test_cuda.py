@@ -22,6 +22,7 @@ from comparing import (
 )
 from driving import assert_driven_alike, assert_embeddings_and_masks_alike, random_tree
 
+from shoestring.decoding.decode import decode
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.engine.cuda.loading import runner_of_module
 from shoestring.engine.cuda.runner import CudaRunner
@@ -90,6 +91,22 @@ def test_greedy_and_sampled_sequences_share_steps():
     ]
     for prompt, sampling, tokens in zip(prompts, options, run(runner, requests), strict=True):
         assert len(tokens) == most
+        assert_plain(plain, prompt, tokens, sampling)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "filtered"])
+def test_a_step_is_read_late_although_another_stream_has_stepped(monkeypatch, sampling):
+    monkeypatch.setattr(CudaRunner, "asynchronous", True)
+    runner, plain = fused("qwen3"), plain_model("qwen3")
+    prompts = [prompt_of(5), prompt_of(7, seed=1)]
+    streams = [
+        decode(runner, [request(prompt, LookaheadDrafter(2, 3, 2), sampling, most=5)]) for prompt in prompts
+    ]
+    found = [[], []]
+    for turn in (0, 1, 1, 0, 1, 0, 0, 1, 0, 1):
+        found[turn].append(next(streams[turn]).token)
+    assert [next(stream, None) for stream in streams] == [None, None]
+    for prompt, tokens in zip(prompts, found, strict=True):
         assert_plain(plain, prompt, tokens, sampling)
 
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 from shoestring.decoding.drafters.protocol import Context, Draft, Drafter, StepObservation
 from shoestring.decoding.stopping import Stopping
 from shoestring.decoding.verify import verify
-from shoestring.engine.runner import Outputs, RowResults, Runner, free_slot
+from shoestring.engine.runner import Outputs, Runner, StepResult, free_slot
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import NO_TOKEN, TokenTree
 from shoestring.errors import RequestError
@@ -63,27 +62,65 @@ class _Sequence:
         return len(self.context.tokens) - len(self.pending)
 
 
+@dataclass
+class _Flight:
+    """A step that has been asked for: what each slot runs, and where its drafts hang."""
+
+    trees: dict[int, TokenTree]
+    roots: dict[int, int | None]
+    """Each slot's row of the last accepted token; None: only a prompt's piece runs."""
+    results: StepResult
+    settled: bool
+
+
+@dataclass
+class _Landed:
+    """What a step gave a sequence; its text may still be to come."""
+
+    sequence: _Sequence
+    step: int
+    tokens: list[int]
+    trace: tuple[Draft, list[int], int]
+    """The draft, the accepted path, its first row: what the trace is counted from."""
+    reason: str | None
+    texts: list[str] | None
+    """None: told when they are given out, since the end needed no look at them."""
+    logprobs: list[float] | None
+
+
 def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Iterator[Emission]:
     """Decode requests, at most `slots` at a time, and yield their tokens as steps produce them.
 
-    A request is taken from the iterable when a slot is free for it. Closing the generator releases all slots.
+    A request is taken from the iterable when a slot is free for it. Closing the generator releases all slots. A runner
+    that steps asynchronously works on the next step while tokens are given out.
 
     Raises:
         RequestError: an empty prompt, or one that leaves no room in the model's context.
     """
-    waiting = enumerate(requests)
+    waiting, more = enumerate(requests), True
     active: list[_Sequence] = []
+    landed: list[_Landed] = []
     try:
         while True:
-            for index, request in islice(waiting, slots - len(active)):
-                active.append(_open(runner, index, request))
+            # Who gives the next request may have waited for a text's end.
+            if not runner.asynchronous or any(one.reason for one in landed):
+                yield from _given_out(landed)
+                landed = []
+            while more and len(active) < slots:
+                taken = next(waiting, None)
+                if taken is None:
+                    more = False
+                else:
+                    active.append(_open(runner, *taken))
             if not active:
                 return
-            for sequence, emissions in _step(runner, active):
-                if emissions and emissions[-1].finish_reason:
-                    active.remove(sequence)
-                    _close(runner, sequence)
-                yield from emissions
+            flight = _launch(runner, active)
+            yield from _given_out(landed)
+            landed = _land(runner, active, flight)
+            for one in landed:
+                if one.reason:
+                    active.remove(one.sequence)
+                    _close(runner, one.sequence)
     finally:
         for sequence in active:
             _close(runner, sequence)
@@ -122,8 +159,8 @@ def _close(runner: Runner, sequence: _Sequence) -> None:
         close()
 
 
-def _step(runner: Runner, active: list[_Sequence]) -> list[tuple[_Sequence, list[Emission]]]:
-    """One forward pass over all active sequences; prompts enter in chunks."""
+def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
+    """Ask for one forward pass over all active sequences; prompts enter in chunks."""
     trees: dict[int, TokenTree] = {}
     wanted: dict[int, list[int]] = {}
     roots: dict[int, int | None] = {}
@@ -149,48 +186,52 @@ def _step(runner: Runner, active: list[_Sequence]) -> list[tuple[_Sequence, list
         wanted[sequence.slot] = [root, *(root + 1 + node for node in nodes)]
     logits = any(sequence.request.logprobs for sequence in active)
     results = runner.step(trees, Outputs(wanted, top_k=top_k, logits=logits))
-    outcome = []
+    return _Flight(trees, roots, results, runner.settled)
+
+
+def _land(runner: Runner, active: list[_Sequence], flight: _Flight) -> list[_Landed]:
+    """Verify what a step gave, let drafters see it, and commit what was accepted."""
+    landed: list[_Landed] = []
     paths: dict[int, list[int]] = {}
     observations: list[tuple[Drafter, StepObservation]] = []
     for sequence in active:
         slot = sequence.slot
-        if slot not in trees:
+        if slot not in flight.trees:
             continue
-        first = roots[slot]
+        tree, first, results = flight.trees[slot], flight.roots[slot], flight.results[slot]
         if first is None:
-            paths[slot] = list(range(len(trees[slot])))
-            del sequence.pending[: len(trees[slot])]
+            paths[slot] = list(range(len(tree)))
+            del sequence.pending[: len(tree)]
             continue
-        read_only = {first + 1 + node for node in sequence.draft.read_only}
-        path, emitted = verify(trees[slot], results[slot], first, read_only)
-        emissions = _emit(runner, sequence, results[slot], path, emitted, first)
-        kept = len(emissions)
+        request, draft = sequence.request, sequence.draft
+        read_only = {first + 1 + node for node in draft.read_only}
+        path, emitted = verify(tree, results, first, read_only)
+        kept, reason, texts = _ending(runner, sequence, emitted)
+        logprobs = None
+        if request.logprobs:
+            logprobs = [
+                results.log_probability(row, token)
+                for row, token in zip(path[:kept], emitted[:kept], strict=True)
+            ]
+        landed.append(
+            _Landed(
+                sequence, sequence.steps, emitted[:kept], (draft, path, first), reason, texts, logprobs
+            )
+        )  # fmt: skip
         paths[slot] = [*range(first), *path[:kept]]
         sequence.context.tokens.extend(emitted[:kept])
         sequence.pending = emitted[kept - 1 : kept]
         sequence.steps += 1
-        drafter = sequence.request.drafter
-        if drafter is not None and not emissions[-1].finish_reason:
+        if request.drafter is not None and not reason:
             accepted = [row - first - 1 for row in path[1:]]
-            observations.append(
-                (
-                    drafter,
-                    StepObservation(
-                        sequence.context,
-                        sequence.draft,
-                        emitted,
-                        accepted,
-                        results[slot],
-                        first + 1,
-                        runner.settled,
-                    ),
-                )
+            seen = StepObservation(
+                sequence.context, draft, emitted, accepted, results, first + 1, flight.settled
             )
-        outcome.append((sequence, emissions))
+            observations.append((request.drafter, seen))
     for drafter, observation in observations:
         drafter.observe(observation)
     runner.commit(paths)
-    return outcome
+    return landed
 
 
 def _propose(runner: Runner, sequence: _Sequence, batch: int) -> Draft:
@@ -227,45 +268,55 @@ def _tree(pending: list[int], draft: Draft) -> TokenTree:
     )
 
 
-def _emit(
-    runner: Runner,
-    sequence: _Sequence,
-    results: RowResults,
-    path: list[int],
-    emitted: list[int],
-    root: int,
-) -> list[Emission]:
-    """Emissions of one step, cut where the sequence ends."""
-    request, emissions = sequence.request, []
-    limit = runner.max_positions
-    known = len(sequence.context.tokens)
-    for offset, (row, token) in enumerate(zip(path, emitted, strict=True)):
-        text = request.stopping.push(token)
-        reason = request.stopping.finish_reason
-        if reason is None and limit is not None and known + offset + 1 >= limit:
-            text += request.stopping.end("length")
-            reason = "length"
-        emissions.append(
-            Emission(
-                request=sequence.index,
+def _ending(
+    runner: Runner, sequence: _Sequence, emitted: list[int]
+) -> tuple[int, str | None, list[str] | None]:
+    """How many of the tokens are kept, why the sequence ends there, and their texts where those had to be looked at."""
+    stopping = sequence.request.stopping
+    known, limit = len(sequence.context.tokens), runner.max_positions
+    room = len(emitted) if limit is None else min(len(emitted), limit - known)
+    full = limit is not None and known + room >= limit
+    foreseen = stopping.foresee(emitted[:room])
+    if foreseen is not None:
+        kept, reason = foreseen
+        return kept, reason or ("length" if full and kept == room else None), None
+    texts: list[str] = []
+    for token in emitted[:room]:
+        texts.append(stopping.push(token))
+        if stopping.finish_reason:
+            return len(texts), stopping.finish_reason, texts
+    if full:
+        texts[-1] += stopping.end("length")
+    return room, stopping.finish_reason, texts
+
+
+def _given_out(landed: list[_Landed]) -> Iterator[Emission]:
+    """The emissions of a step."""
+    for one in landed:
+        request = one.sequence.request
+        last = len(one.tokens) - 1
+        for offset, token in enumerate(one.tokens):
+            if one.texts is not None:
+                text = one.texts[offset]
+            else:
+                text = request.stopping.push(token)
+                if offset == last and one.reason and request.stopping.finish_reason is None:
+                    text += request.stopping.end(one.reason)
+            yield Emission(
+                request=one.sequence.index,
                 token=token,
                 text=text,
-                step=sequence.steps,
+                step=one.step,
                 drafted=offset > 0,
-                logprob=results.log_probability(row, token) if request.logprobs else None,
-                finish_reason=reason,
-                draft=_trace(sequence, path, root) if offset == 0 else None,
+                logprob=None if one.logprobs is None else one.logprobs[offset],
+                finish_reason=one.reason if offset == last else None,
+                draft=_trace(request, *one.trace) if offset == 0 else None,
             )
-        )
-        if reason:
-            break
-    return emissions
 
 
-def _trace(sequence: _Sequence, path: list[int], root: int) -> dict[str, tuple[int, int]]:
+def _trace(request: Request, draft: Draft, path: list[int], root: int) -> dict[str, tuple[int, int]]:
     """Rows drafted and accepted in this step, by source."""
-    draft = sequence.draft
-    owners, fallback = draft.owners, [getattr(sequence.request.drafter, "name", "drafter")]
+    owners, fallback = draft.owners, [getattr(request.drafter, "name", "drafter")]
     drafted: dict[str, int] = {}  # a Counter takes several times as long, at every step
     for node in range(len(draft)):
         for owner in owners.get(node, fallback):

@@ -19,6 +19,12 @@ class Stopping(Protocol):
     def end(self, reason: str) -> str:
         """End the sequence from outside; return the text still held back."""
 
+    def foresee(self, tokens: Sequence[int]) -> tuple[int, str | None] | None:
+        """How many of these tokens `push` would take, and why the sequence would end there (None: it would not).
+
+        None where their text decides: they have to be pushed to know.
+        """
+
 
 class IncrementalDetokenizer:
     """Text of a growing token sequence; the pieces joined are the decoded whole.
@@ -114,6 +120,17 @@ class StopChecker:
         hold = self._longest_partial_stop(text)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
+
+    def foresee(self, tokens: Sequence[int]) -> tuple[int, str | None] | None:
+        """How many of these tokens `push` would take, and why the sequence would end there; None: their text decides."""
+        if self._stop:
+            return None
+        for count, token in enumerate(tokens, 1):
+            if token in self._eos:
+                return count, "stop"
+            if self.count + count >= self._most:
+                return count, "length"
+        return len(tokens), None
 
     def end(self, reason: str) -> str:
         """End the sequence from outside; return the text still held back."""

@@ -86,6 +86,11 @@ class HFRunner:
         return f"transformers' modules on {self._device}"
 
     @property
+    def asynchronous(self) -> bool:
+        """Steps are waited for."""
+        return False
+
+    @property
     def settled(self) -> bool:
         """Nothing is compiled for a step."""
         return True

@@ -152,6 +152,11 @@ class NativeRunner:
         return str(self._model.instruction_set)
 
     @property
+    def asynchronous(self) -> bool:
+        """Steps are waited for."""
+        return False
+
+    @property
     def settled(self) -> bool:
         """Nothing is compiled for a step."""
         return True

@@ -126,6 +126,10 @@ class Runner(Protocol):
         """The slots that are open."""
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether `step` returns while it runs; its results wait for it."""
+
+    @property
     def settled(self) -> bool:
         """Whether the last step's time says what others of its size take: nothing was compiled or captured for it."""
 

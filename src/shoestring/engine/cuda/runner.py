@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -58,6 +58,7 @@ class CudaRunner:
         self._sampling: dict[int, SamplingOptions] = {}
         self._trees: dict[int, TokenTree] = {}
         self._last: BucketStep | None = None
+        self._unread: _Chosen | None = None
         self.settled = True
         """Whether the last step compiled or captured nothing."""
 
@@ -75,6 +76,11 @@ class CudaRunner:
     def device(self) -> torch.device:
         """Where the model is; token ids come from the host."""
         return self._decoder.device
+
+    @property
+    def asynchronous(self) -> bool:
+        """A step is under way when `step` returns."""
+        return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,7 +126,7 @@ class CudaRunner:
         for slot, tree in trees.items():
             self.cache.reserve(slot, len(tree))
         rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
-        self._trees = dict(trees)
+        self._trees.update(trees)
         self.settled = True
         if sum(len(tree) for tree in trees.values()) <= GRAPH_ROWS:
             found = self._pass(trees, cached, rows, want)
@@ -130,11 +136,10 @@ class CudaRunner:
         for slot, tree in trees.items():
             part = found[slot]
             results[slot] = _CudaResults(
-                part.drawn if self._draws(slot, tree) else None,
-                part.top,
+                part,
+                self._draws(slot, tree),
                 tree,
                 rows[slot],
-                part.logits,
                 {layer: part.hidden[self._layer(layer)] for layer in want.hidden_states},
                 self._sampling[slot],
                 cached[slot],
@@ -174,13 +179,13 @@ class CudaRunner:
             self.steps.prepare(step)
         step.run(hidden, chooses=outputs > 0)
         self._last = step
-        drawn, top = step.chosen() if outputs else ([], [])
+        self._unread = chosen = _Chosen(step, outputs)
         parts, first = {}, 0
         for slot, tree in trees.items():
             last = first + len(rows[slot])
             own = slice(firsts[slot], firsts[slot] + len(tree))
             states = {layer: array[own] for layer, array in hidden.items()}
-            parts[slot] = _Part(drawn[first:last], top[first:last], step.logits[first:last], states)
+            parts[slot] = _Part(chosen, first, last, states)
             first = last
         return parts
 
@@ -194,7 +199,7 @@ class CudaRunner:
         """A step of many rows, slot by slot and piece by piece: the rows before a piece are cached already."""
         found: dict[int, _Part] = {}
         for slot, tree in trees.items():
-            parts = []
+            parts: list[_Part] = []
             for first, last in _pieces(tree):
                 piece = TokenTree(
                     tree.tokens[first:last],
@@ -206,10 +211,9 @@ class CudaRunner:
                     },
                 )
                 wanted = [row - first for row in rows[slot] if first <= row < last]
-                (part,) = self._pass(
+                parts += self._pass(
                     {slot: piece}, {slot: cached[slot] + first}, {slot: wanted}, want
                 ).values()
-                parts.append(part.kept())
             found[slot] = _Part.joined(parts)
         return found
 
@@ -257,7 +261,10 @@ class CudaRunner:
         return sampling if not sampling.filtered else SamplingOptions()
 
     def _wait(self) -> None:
-        """Until the last step has run: buffers on the host are free then."""
+        """Until the last step has run: buffers on the host are free then, and what is not read yet is kept."""
+        if self._unread is not None:
+            self._unread.keep()
+            self._unread = None
         if self._last is not None:
             self._last.wait()
 
@@ -295,30 +302,74 @@ class CudaRunner:
         )
 
 
+class _Chosen:
+    """A pass's tokens and logits, which lie in its bucket until the next pass; who asks for them waits for it."""
+
+    def __init__(self, step: BucketStep, outputs: int) -> None:
+        self._step, self._outputs = step, outputs
+        self._kept: Tensor | None = None
+
+    @functools.cached_property
+    def tokens(self) -> tuple[list[int], list[list[int]]]:
+        """Each output's next token and its likeliest tokens (waits)."""
+        return self._step.chosen() if self._outputs else ([], [])
+
+    @property
+    def logits(self) -> Tensor:
+        """The outputs' logits [outputs, V]."""
+        return self._step.logits[: self._outputs] if self._kept is None else self._kept
+
+    def keep(self) -> None:
+        """Before another pass: copy what nobody has asked for so far (others have had what they want)."""
+        if "tokens" not in self.__dict__ and self._outputs:
+            self._kept = self.logits.clone()
+            _ = self.tokens
+
+
 @dataclass(frozen=True)
 class _Part:
-    """What a pass found for one slot: tokens drawn, likeliest tokens, logits [rows, V], hidden states by layer."""
+    """What a pass found for one slot: its outputs from `first` to `last`, and hidden states by layer."""
 
-    drawn: list[int]
-    top: list[list[int]]
-    logits: Tensor
+    chosen: "_Chosen | _Joined"
+    first: int
+    last: int
     hidden: dict[int, Tensor]
 
-    def kept(self) -> "_Part":
-        """A copy that the next pass does not overwrite."""
-        return replace(self, logits=self.logits.clone())
+    @property
+    def drawn(self) -> list[int]:
+        """Next tokens."""
+        return self.chosen.tokens[0][self.first : self.last]
+
+    @property
+    def top(self) -> list[list[int]]:
+        """Likeliest tokens."""
+        return self.chosen.tokens[1][self.first : self.last]
+
+    @property
+    def logits(self) -> Tensor:
+        """[rows, V]."""
+        return self.chosen.logits[self.first : self.last]
 
     @classmethod
     def joined(cls, parts: "Sequence[_Part]") -> "_Part":
         """Passes over a tree's rows, one behind another."""
         if len(parts) == 1:
             return parts[0]
-        return cls(
+        tokens = (
             [token for part in parts for token in part.drawn],
-            [tokens for part in parts for tokens in part.top],
-            torch.cat([part.logits for part in parts]),
-            {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden},
+            [some for part in parts for some in part.top],
         )
+        joined = _Joined(tokens, torch.cat([part.logits for part in parts]))
+        hidden = {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden}
+        return cls(joined, 0, len(tokens[0]), hidden)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Several passes' tokens and logits."""
+
+    tokens: tuple[list[int], list[list[int]]]
+    logits: Tensor
 
 
 def _pieces(tree: TokenTree) -> list[tuple[int, int]]:
@@ -339,19 +390,33 @@ def _pieces(tree: TokenTree) -> list[tuple[int, int]]:
 class _CudaResults(SlotResults):
     """Tokens come with the step; logits stay on the device until someone asks."""
 
-    def __init__(self, drawn: list[int] | None, top: list[list[int]], *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._drawn, self._likeliest = drawn, top
+    def __init__(
+        self, part: _Part, draws: bool, tree: TokenTree, rows: Sequence[int], *arguments: Any
+    ) -> None:
+        super().__init__(tree, rows, None, *arguments)
+        self._part, self._draws = part, draws
 
     def next_token(self, row: int) -> int:
         """The token that follows the row under the slot's sampling options."""
-        if self._drawn is None:
+        if not self._draws:
             plain = self._sampling.repetition_penalty == 1 and not self._tree.allowed
             return self._filtered[self._index[row]] if plain else super().next_token(row)
         token = self._drawn[self._index[row]]
         if token < 0:
             raise RequestError(NOT_FINITE)
         return token
+
+    @property
+    def _logits(self) -> Tensor:
+        return self._part.logits
+
+    @functools.cached_property
+    def _drawn(self) -> list[int]:
+        return self._part.drawn
+
+    @functools.cached_property
+    def _likeliest(self) -> list[list[int]]:
+        return self._part.top
 
     @functools.cached_property
     def _filtered(self) -> list[int]:
@@ -362,7 +427,7 @@ class _CudaResults(SlotResults):
     @functools.cached_property
     def _argmaxes(self) -> list[int]:
         best = [row[0] for row in self._likeliest]
-        if any(token < 0 for token in best):
+        if best and min(best) < 0:
             raise RequestError(NOT_FINITE)
         return best
 
@@ -370,4 +435,7 @@ class _CudaResults(SlotResults):
     def _top(self) -> list[list[int]]:
         if self._top_k > MAX_TOP:
             return super()._top
-        return [row[: self._top_k] for row in self._likeliest]
+        likeliest = self._likeliest
+        if likeliest and len(likeliest[0]) == self._top_k:
+            return likeliest
+        return [row[: self._top_k] for row in likeliest]
