@@ -4,8 +4,8 @@ Each round decodes other prompts with every contender in turn, `--batch` of a se
 and the median and range over rounds are reported. transformers is measured with its dynamic and its static cache, the
 latter compiled on a GPU (prompts are then padded to one width, so that it compiles once), and the best counts; gpt-fast,
 where there is a clone of it, at batch 1. Tokens/s are of all sequences of a batch, tokens/step of each; all is told over
-the sets and set by set. On a GPU each of our strategies has decoded a round's prompts twice before: steps of a size that
-is new to a model are captured then, once and for all (`warm_up_seconds` and docs/gpu.md say what that costs).
+the sets and set by set. On a GPU the steps of all sizes have been captured before (`LanguageModel.warm_up`), which took
+`capture_seconds`.
 
     python -m benchmarks.speed --dtype bfloat16 --output benchmarks/results/speed.cpu-2threads-avx512_bf16.json
     python -m benchmarks.speed --device cuda --batch 1 2 4 8 --max-new-tokens 128 --gpt-fast ../gpt-fast
@@ -66,8 +66,12 @@ def main() -> None:
         chosen = {name: held_out_prompts(name, options.rounds * max(batch, options.prompts)) for name in SETS}
         left = (options.seconds - (time.perf_counter() - began)) / (len(options.batch) - position)
         mine = contenders + (["gpt-fast"] if options.gpt_fast and batch == 1 else [])
+        before = time.perf_counter()
+        model.warm_up(batch)
+        captured = round(time.perf_counter() - before, 2)
         rounds, warm_up = measure(model, mine, chosen, batch, groups, left, options)
         batches[str(batch)] = {
+            "capture_seconds": captured,
             "rounds": len(rounds),
             "prompts_of_a_set": len(rounds) * groups * batch,
             "warm_up_seconds": warm_up,
@@ -123,9 +127,6 @@ def measure(
             for group in range(groups):
                 prompts = mine[group * batch : (group + 1) * batch]
                 for contender in contenders:
-                    # A step of a new size is captured at its second use, which is no part of decoding's pace.
-                    for _ in range(2 if captures(model, contender) else 0):
-                        arena.run(contender, prompts)
                     outcome = arena.run(contender, prompts)
                     for key, value in outcome.items():
                         totals[contender][name][key] += value
@@ -136,13 +137,6 @@ def measure(
             flush=True,
         )
     return rounds, warm_up
-
-
-def captures(model: Any, contender: str) -> bool:
-    """Whether the contender is ours on a GPU."""
-    return (
-        model.device.type == "cuda" and not contender.startswith("transformers ") and contender != "gpt-fast"
-    )
 
 
 class Arena:

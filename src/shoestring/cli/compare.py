@@ -94,7 +94,7 @@ def compare(
         "seed": seed,
     }
     with ExitStack() as stack:
-        language_model = stack.enter_context(loaded(model, decoding=tuple(names), **source))
+        language_model = stack.enter_context(loaded(model, decoding=tuple(names), batch=batch, **source))
         from shoestring.evaluation.comparing import compare as compare_strategies
 
         asked = [as_prompt(language_model, text, raw) for text in texts]

@@ -25,10 +25,13 @@ def loaded(
     dtype: str = "auto",
     quantize: str | None = None,
     decoding: tuple[str, ...] = (),
+    batch: int = 0,
 ) -> Iterator["LanguageModel"]:
     """Load the model; the progress bar is gone before the command prints.
 
-    `decoding`: strategies that will be used, so that the machine is timed for them now, under the bar.
+    Args:
+        decoding: strategies that will be used, so that the machine is timed for them now, under the bar.
+        batch: how many sequences will be decoded at once, so that their steps are compiled now; 0: when they come.
     """
     from shoestring.decoding.settings import Auto, as_decoding, needs_step_cost
 
@@ -53,6 +56,8 @@ def loaded(
             isinstance(setting, Auto) and setting.drafts(language_model.step_cost) for setting in settings
         ):
             language_model.successors()
+        if batch:
+            language_model.warm_up(batch)
     note(language_model.description)
     yield language_model
 

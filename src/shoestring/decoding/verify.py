@@ -17,17 +17,14 @@ def verify(
     the last one is not in the tree and starts the next step. Greedy and sampled alike: a row's next token does not
     depend on the step it is in, so the tokens are those of plain decoding.
     """
-    path, emitted = [root], []
-    while True:
-        row = path[-1]
-        token = results.next_token(row)
-        emitted.append(token)
-        # Siblings are unique, so at most one child matches; a row without outputs can't be walked through.
-        match = [
-            child
-            for child in tree.children[row]
-            if tree.tokens[child] == token and results.has(child) and child not in read_only
-        ]
-        if not match:
-            return path, emitted
-        path.append(match[0])
+    path, emitted = [root], [results.next_token(root)]
+    tokens, parents = tree.tokens, tree.parents
+    row, token = root, emitted[0]
+    # A child comes after its parent, and siblings are unique: one look at each row is enough.
+    for child in range(root + 1, len(tree)):
+        # A row without outputs can't be walked through.
+        if parents[child] == row and tokens[child] == token and child not in read_only and results.has(child):
+            row, token = child, results.next_token(child)
+            path.append(child)
+            emitted.append(token)
+    return path, emitted

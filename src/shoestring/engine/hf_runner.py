@@ -1,7 +1,7 @@
 """Any Hugging Face causal language model as a runner, on any device: the plain twin of all faster bodies."""
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,6 +170,9 @@ class HFRunner:
         self.cache.release(slot)
         self._sampling.pop(slot)
         self._trees.pop(slot, None)
+
+    def warm_up(self, slots: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Nothing is compiled for a step."""
 
     def clear(self) -> None:
         """Drop what is kept of released slots."""

@@ -1,7 +1,7 @@
 """The native runner: all layers of a step in one call of C++, on the CPU, for models of the Llama family."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -236,6 +236,9 @@ class NativeRunner:
         self.cache.release(slot)
         self._sampling.pop(slot)
         self._trees.pop(slot, None)
+
+    def warm_up(self, slots: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Nothing is compiled for a step."""
 
     def clear(self) -> None:
         """Drop what is kept of released slots."""

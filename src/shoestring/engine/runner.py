@@ -1,6 +1,6 @@
 """The runner protocol: one forward pass over the token trees of several sequences, whatever body runs it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol, runtime_checkable
@@ -147,6 +147,9 @@ class Runner(Protocol):
 
     def release(self, slot: int) -> None:
         """Close a slot."""
+
+    def warm_up(self, slots: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile now what steps of at most so many slots would wait for when they first come."""
 
     def clear(self) -> None:
         """Drop what is kept of released slots for prompts that would continue them."""

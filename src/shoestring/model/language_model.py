@@ -285,6 +285,11 @@ class LanguageModel:
             self._successors = remembered_successors(self.runner, first, path, report)
         return self._successors
 
+    def warm_up(self, batch: int = 1) -> None:
+        """Compile now what the first steps of at most `batch` sequences would wait for (on a GPU; elsewhere nothing)."""
+        report = functools.partial(self._progress, "warm up") if self._progress else None
+        self.runner.warm_up(batch, report)
+
     def forget(self) -> None:
         """Drop what is kept of ended texts; the next prompt that begins like one of them runs in full."""
         self.runner.clear()

@@ -19,7 +19,8 @@ from shoestring.engine.cuda.layout import Bucket, DeviceLayout, HostLayout
 
 __all__ = ["GRAPH_ROWS", "BucketStep", "BucketSteps", "bucket_of"]
 
-_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Two rows take as long as eight.
+_ROWS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _SLOTS = (1, 2, 4, 8, MAX_SLOTS)
 _TOPS = (1, 8, MAX_TOP)
 GRAPH_ROWS = _ROWS[-1]
@@ -61,6 +62,7 @@ class BucketStep:
         self._numbers = self._chosen.numpy()
         self._graph: torch.cuda.CUDAGraph | None = None
         self.uses = 0
+        """How often all of it has run."""
         self._sent = torch.cuda.Event() if on_gpu else None
 
     @property
@@ -83,13 +85,10 @@ class BucketStep:
         self._chosen.copy_(self.buffers.chosen[: len(self._chosen)], non_blocking=True)
 
     def capture(self, pool: Any) -> None:
-        """Record the launches as a CUDA graph. The layout as it lies must be one that can run."""
+        """Record the launches as a CUDA graph. It must have run before, which compiles its kernels."""
         stream = torch.cuda.Stream(self._decoder.device)
         stream.wait_stream(torch.cuda.current_stream(self._decoder.device))
-        with torch.cuda.stream(stream):
-            self.launch()  # compiles kernels, and lets libraries allocate what they keep
         stream.synchronize()
-        self.host["move_count"][:] = 0  # they have been carried out
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.launch()
@@ -98,7 +97,7 @@ class BucketStep:
     @property
     def settled(self) -> bool:
         """Whether it has run before as it will run now: nothing is left to compile or to capture."""
-        return self.uses > 1
+        return self.captured or self.uses > 1
 
     @property
     def captured(self) -> bool:
@@ -107,7 +106,7 @@ class BucketStep:
 
     def run(self, hidden: dict[int, torch.Tensor] | None = None, chooses: bool = True) -> None:
         """Run the step that `host` holds."""
-        self.uses += 1
+        self.uses += chooses and not hidden
         if self._graph is not None and not hidden and chooses:
             self._graph.replay()
         else:
@@ -186,6 +185,32 @@ class BucketSteps:
             torch.cuda.synchronize()
             self._on_failure(str(error).splitlines()[0])
         self.capture_seconds += time.perf_counter() - began
+
+    def warm_up(self, slots: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture the buckets of so many slots and fewer, with all numbers of rows that drafting asks for.
+
+        No step may be under way.
+        """
+        kinds = [
+            (size, rows, top)
+            for size in _SLOTS
+            if size == 1 or size < 2 * slots
+            for rows in _ROWS
+            if rows >= size
+            for top in (_TOPS[:2] if rows == 1 else _TOPS[1:2])
+        ]
+        for done, (size, rows, top) in enumerate(kinds):
+            if progress is not None:
+                progress(done, len(kinds))
+            step = self.get(size, rows, top)
+            if step.captured or not self.graphs:
+                continue
+            step.host.fill({}, {}, {})
+            step.run()
+            step.wait()
+            self.prepare(step)
+        if progress is not None:
+            progress(len(kinds), len(kinds))
 
     def clear(self) -> None:
         """Drop all buckets and their graphs."""

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -234,6 +234,12 @@ class CudaRunner:
         self.cache.release(slot)
         self._sampling.pop(slot)
         self._trees.pop(slot, None)
+
+    def warm_up(self, slots: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture the steps of at most so many slots: half a second for each doubling of their number."""
+        self._flush()
+        self._wait()
+        self.steps.warm_up(slots, progress)
 
     def clear(self) -> None:
         """Drop what is kept of released slots."""
