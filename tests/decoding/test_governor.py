@@ -49,6 +49,12 @@ def test_losing_drafts_rest_longer_and_longer():
     assert lengths[1] == 2 * lengths[0]
 
 
+def test_less_may_be_lost_of_what_does_not_promise_to_pay():
+    drafted = run(1000, plain=1.0, drafting=1.5, accepted=lambda step: 1, limit=2.0, allowance=0.01)
+    assert sum(drafted) * 0.5 <= 0.02 * 1000
+    assert sum(drafted[:20]) == 5
+
+
 def test_a_narrow_loss_is_tried_for_longer():
     drafted = run(160, plain=1.0, drafting=1.2, accepted=lambda step: 1)
     assert sum(drafted[:60]) >= 20

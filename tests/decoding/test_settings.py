@@ -154,6 +154,25 @@ def test_lookahead_without_numbers_is_as_large_as_rows_are_cheap():
     assert size(DEAR, window=6) == (6, 3, 3)
 
 
+def test_lookahead_that_does_not_promise_to_pay_is_tried_for_a_shorter_time():
+    def tried(cost):
+        """Drafting steps of 400, all of which lose: they take half as long again as plain ones for as many tokens."""
+        now = [0.0]
+        made = environment(cost)
+        Lookahead().drafter(made, GREEDY)
+        (governor,) = made.governors.values()
+        governor._clock = lambda: now[0]
+        drafted = 0
+        for _ in range(400):
+            drafts = governor.drafts()
+            drafted += drafts
+            now[0] += 1.5 if drafts else 1.0
+            governor.ends(1)
+        return drafted
+
+    assert tried(CHEAP) > 2 * tried(DEAR) > 0
+
+
 def test_auto_drafts_only_where_rows_pay():
     assert isinstance(Auto().drafter(environment(CHEAP), GREEDY), MergedDrafter)
     assert Auto().drafter(environment(DEAR), GREEDY) is None

@@ -23,7 +23,6 @@ __all__ = ["Governor"]
 _REMEMBERED = 7
 _OUTLIER = 3  # times the median of drafting steps: more says something of the machine
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
-_ALLOWANCE = 0.025  # of the plain steps' time that drafts may lose in the long run
 _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where they lose again and again
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
@@ -51,6 +50,7 @@ class Governor:
 
     Args:
         limit: what drafts may lose before they rest, in plain steps.
+        allowance: what they may lose in the long run, of the plain steps' time.
         credit: what earlier wins may make up for, likewise.
         first: plain steps that come first, the first of them to warm up.
         refresh: a plain step is taken after so many drafting ones, so that its cost stays known.
@@ -60,12 +60,14 @@ class Governor:
     def __init__(
         self,
         limit: float = 6.0,
+        allowance: float = 0.025,
         credit: float = 12.0,
         first: int = 4,
         refresh: int = 32,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._limit, self._credit, self._first, self._refresh = limit, credit, first, refresh
+        self._limit, self._allowance, self._credit = limit, allowance, credit
+        self._first, self._refresh = first, refresh
         self._clock = clock
         self.cost: StepCost | None = None
         self._measured: StepCost | None = None
@@ -152,7 +154,7 @@ class Governor:
         if account.balance >= self._credit / 2:
             account.patience = 1
         if account.balance < -self._limit:
-            account.owed = math.ceil(-account.balance / _ALLOWANCE)
+            account.owed = math.ceil(-account.balance / self._allowance)
             account.resting = account.patience * account.owed
             account.patience = min(2 * account.patience, _MOST_PATIENCE)
             account.balance = 0.0

@@ -56,9 +56,12 @@ class DraftingEnvironment:
     def __post_init__(self) -> None:
         self.rates = AcceptanceRates(self.look_ahead.priors if self.look_ahead else None)
 
-    def governor(self, settings: "Decoding") -> Governor:
-        """Who times the steps of a strategy."""
-        return self.governors.setdefault(describe(settings), Governor())
+    def governor(self, settings: "Decoding", promising: bool = True) -> Governor:
+        """Who times the steps of a strategy; one that does not promise to pay is tried rarely, and not for long."""
+        name = describe(settings)
+        if name not in self.governors:
+            self.governors[name] = Governor() if promising else Governor(limit=2.0, allowance=0.01)
+        return self.governors[name]
 
 
 def _at_least(settings: object, **least: int) -> None:
@@ -112,8 +115,10 @@ class Lookahead:
         """A lookahead drafter of the given or measured size."""
         window, ngram, guesses = self.window, self.ngram, self.guesses
         sizes_itself = window is None or ngram is None or guesses is None
+        promising = True
         if window is None or ngram is None or guesses is None:
-            sized = _affordable_lookahead(environment.step_cost())
+            *sized, speed = _affordable_lookahead(environment.step_cost())
+            promising = speed > 1
             window, ngram, guesses = window or sized[0], ngram or sized[1], guesses or sized[2]
         drafter = LookaheadDrafter(
             window,
@@ -123,7 +128,7 @@ class Lookahead:
             keep_window=self.keep_window,
             seed=sampling.seed,
         )
-        return GovernedDrafter(drafter, environment.governor(self)) if sizes_itself else drafter
+        return GovernedDrafter(drafter, environment.governor(self, promising)) if sizes_itself else drafter
 
 
 @dataclass(frozen=True)
@@ -339,12 +344,16 @@ def _arguments(text: str, inside: str) -> dict[str, Any]:
     return values
 
 
-def _affordable_lookahead(cost: StepCost) -> tuple[int, int, int]:
-    """The (window, ngram, guesses) with the most predicted tokens/s (tokens per step grow with log rows, section 3.4)."""
+def _affordable_lookahead(cost: StepCost) -> tuple[int, int, int, float]:
+    """The (window, ngram, guesses) with the most predicted tokens/s, and how many times plain decoding's those are.
+
+    Tokens per step grow with log rows (section 3.4).
+    """
     sizes = [(15, 5, 15), (10, 5, 10), (7, 5, 7), (5, 5, 5), (5, 4, 5), (4, 4, 4), (4, 3, 4), (2, 3, 3)]
 
     def speed(size: tuple[int, int, int]) -> float:
         rows = (size[0] + size[2]) * (size[1] - 1)
-        return (1 + 0.14 * math.log2(rows)) / cost.of(rows)
+        return (1 + 0.14 * math.log2(rows)) * cost.of(1) / cost.of(1 + rows)
 
-    return max(sizes, key=speed)
+    best = max(sizes, key=speed)
+    return *best, speed(best)

@@ -4,7 +4,10 @@ from comparing import request, run, runner_of
 
 from shoestring.decoding.drafters.governed import GovernedDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
+from shoestring.decoding.drafters.merged import MergedDrafter
+from shoestring.decoding.drafters.protocol import Context
 from shoestring.decoding.governor import Governor
+from shoestring.decoding.tune import StepCost
 
 
 class Counting(LookaheadDrafter):
@@ -38,6 +41,23 @@ def test_text_is_the_plain_one_whatever_the_clock_says():
         assert 0 < drafter.observed <= drafter.proposed
         if tick:
             assert drafter.proposed < 40, "it never rested"
+
+
+def test_nothing_is_drafted_on_the_prompts_step():
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+
+    class Watching(Counting):
+        def propose(self, context, budget):
+            assert len(context.tokens) > len(prompt)
+            return super().propose(context, budget)
+
+    watching = Watching(2, 3, 2)
+    decoded(GovernedDrafter(watching, Governor(first=1)))
+    assert watching.proposed
+    known = MergedDrafter(StepCost((1, 64), (1.0, 1.01)), governor=Governor(first=1))
+    first = Context([3, 1, 3], 3)
+    known.begin(first.tokens)
+    assert not known.propose(first, 60).top_k
 
 
 def test_it_has_the_drafters_name():

@@ -28,7 +28,7 @@ class GovernedDrafter:
 
     def propose(self, context: Context, budget: int) -> Draft | Sequence[Sequence[int]]:
         """The drafter's proposal, or nothing."""
-        self._resting = not self._governor.drafts(context.batch)
+        self._resting = context.reads_prompt or not self._governor.drafts(context.batch)
         return Draft() if self._resting else self._drafter.propose(context, budget)
 
     def observe(self, step: StepObservation) -> None:

@@ -78,7 +78,7 @@ class MergedDrafter:
         A look-ahead row is worth the chance that the path ends above it times the chance that it alone foresees a
         token; it competes for rows with the drafted tokens.
         """
-        if self._governor is not None and not self._governor.drafts(context.batch):
+        if self._governor is not None and (context.reads_prompt or not self._governor.drafts(context.batch)):
             return Draft()
         guesses = self._guesses
         guesses.extend(context.tokens[len(guesses) :])

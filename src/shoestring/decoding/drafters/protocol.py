@@ -25,6 +25,11 @@ class Context:
     """How many sequences share the step."""
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether the step is the one that ends the prompt: drafts on it are not judged, and rows add to many."""
+        return len(self.tokens) == self.prompt_length
+
+    @property
     def last(self) -> int:
         """The last accepted token, which the draft continues."""
         return self.tokens[-1]
