@@ -10,6 +10,7 @@ namespace shoestring {
 namespace {
 
 constexpr size_t kManyOffers = 512;
+constexpr double kTaught = 0.01;  // tokens that a row is worth beside its chance (tune.TAUGHT)
 constexpr double kSlack = 1 + 1e-9;  // sums round: nothing that may be as good as the best is given up
 
 // The key of an n-gram from that of its last n - 1 tokens, and the token before these.
@@ -44,13 +45,13 @@ class Speed {
   bool may_gain(double chance) const {
     if (!seconds_) return true;
     for (size_t row = rows_ + 1; row < last_; ++row) {
-      if ((expected_ + static_cast<double>(row - rows_) * chance) * kSlack > fastest_ * seconds_[row]) return true;
+      if ((expected_ + static_cast<double>(row - rows_) * (chance + kTaught)) * kSlack > fastest_ * seconds_[row]) return true;
     }
     return false;
   }
 
   void take(double chance) {
-    expected_ += chance;
+    expected_ += chance + kTaught;
     if (++rows_ >= last_) return;
     const double speed = expected_ / seconds_[rows_];
     if (speed > fastest_) best_ = rows_, fastest_ = speed;

@@ -5,14 +5,14 @@ from comparing import runner_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoestring.decoding.tune import ROW_COUNTS, StepCost, measure_step_cost, remembered_step_cost
+from shoestring.decoding.tune import ROW_COUNTS, TAUGHT, StepCost, measure_step_cost, remembered_step_cost
 
 
 @st.composite
 def costs(draw):
     rows = sorted(draw(st.sets(st.integers(2, 200), min_size=1, max_size=8)) | {1})
     seconds = draw(st.lists(st.floats(1e-4, 10), min_size=len(rows), max_size=len(rows)))
-    return StepCost(tuple(rows), tuple(seconds))
+    return StepCost(tuple(rows), tuple(seconds), draw(st.booleans()))
 
 
 @given(costs(), st.integers(1, 400), st.integers(0, 100))
@@ -34,12 +34,19 @@ def test_costs_between_are_interpolated_and_beyond_in_proportion():
     assert StepCost((1,), (0.5,)).of(4) == 2
 
 
+def test_rows_that_are_rounded_up_cost_what_the_greater_number_does():
+    cost = StepCost((1, 8, 16), (1.0, 1.2, 2.0), stairs=True)
+    assert [cost.of(rows) for rows in (1, 2, 8, 9, 16, 32)] == [1, 1.2, 1.2, 2, 2, 4]
+    # Of a step that is paid for, all rows are used; a ninth would have to pay for eight.
+    assert cost.best_rows([0.5, *[0.05] * 30]) == 7
+
+
 @given(
     costs(), st.lists(st.floats(0, 1), max_size=30).map(lambda c: sorted(c, reverse=True)), st.integers(1, 4)
 )
 def test_best_rows_is_the_best_of_all_counts(cost, chances, batch):
     def speed(rows):
-        return (1 + sum(chances[:rows])) / cost.of(batch * (rows + 1))
+        return (1 + sum(chances[:rows]) + TAUGHT * rows) / cost.of(batch * (rows + 1))
 
     best = cost.best_rows(chances, batch)
     assert speed(best) >= max(speed(rows) for rows in range(len(chances) + 1)) * (1 - 1e-9)
@@ -69,6 +76,18 @@ def test_measuring_leaves_the_runner_as_it_was():
     assert progress[0] == (0, len(ROW_COUNTS))
     assert progress[-1] == (len(ROW_COUNTS), len(ROW_COUNTS))
     assert not runner.slots
+
+
+def test_a_runner_that_rounds_rows_up_is_measured_where_it_rounds_to(tmp_path, monkeypatch):
+    runner, path = runner_of("llama"), tmp_path / "cost.json"
+    plain = remembered_step_cost(runner, path)
+    assert not plain.stairs
+    monkeypatch.setattr(type(runner), "row_sizes", (1, 8, 16, 256))
+    cost = measure_step_cost(runner, repetitions=1)
+    assert (cost.rows, cost.stairs) == ((1, 8, 16), True)
+    remembered = remembered_step_cost(runner, path)
+    assert remembered.rows == (1, 8, 16), "what was measured otherwise is not taken"
+    assert remembered_step_cost(runner, path) == remembered
 
 
 def test_a_measured_cost_is_remembered(tmp_path):

@@ -164,7 +164,10 @@ class Governor:
         measured = self._measured
         if measured is None:
             return
-        nearest = _nearest(measured.rows, rows)
+        if measured.stairs:
+            nearest = min(bisect_left(measured.rows, rows), len(measured.rows) - 1)
+        else:
+            nearest = _nearest(measured.rows, rows)
         factor, known = seconds / measured.of(rows), self._corrections[nearest]
         if not self._drafted:
             # What a plain step takes is a median already; other corrections fade towards its own.
@@ -184,6 +187,7 @@ class Governor:
                     for base, near in zip(measured.seconds, self._nearest, strict=True)
                 ]
             ),
+            measured.stairs,
         )
 
 

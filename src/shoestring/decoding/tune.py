@@ -20,8 +20,18 @@ from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 
-__all__ = ["ROW_COUNTS", "StepCost", "best_rows", "fingerprint", "measure_step_cost", "remembered_step_cost"]
+__all__ = [
+    "ROW_COUNTS",
+    "TAUGHT",
+    "StepCost",
+    "best_rows",
+    "fingerprint",
+    "measure_step_cost",
+    "remembered_step_cost",
+]
 
+TAUGHT = 0.01
+"""Tokens that a drafted row is worth beside its chance: what it shows of likely successors serves later drafts."""
 ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _CONTEXT = 192
 _TUNING_SLOT = -1
@@ -30,10 +40,15 @@ _LEAST_SECONDS, _MOST_REPETITIONS = 0.06, 24
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step by its rows, for increasing row counts."""
+    """Seconds of a step by its rows, for increasing row counts.
+
+    Args:
+        stairs: rows between two counts take what the greater one does; else what lies between.
+    """
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
+    stairs: bool = False
 
     @cached_property
     def _monotone(self) -> list[float]:
@@ -53,13 +68,13 @@ class StepCost:
         return self.rows[-1]
 
     def of(self, rows: int) -> float:
-        """Seconds of a step with so many rows, interpolated (extrapolated in proportion)."""
+        """Seconds of a step with so many rows (beyond what was measured: in proportion)."""
         seconds = self._monotone
         if rows >= self.rows[-1]:
             return seconds[-1] * rows / self.rows[-1]
         above = bisect_left(self.rows, rows)
-        if not above:
-            return seconds[0]
+        if not above or self.stairs:
+            return seconds[above]
         low, high = self.rows[above - 1], self.rows[above]
         cheap, dear = seconds[above - 1], seconds[above]
         return cheap + (dear - cheap) * (rows - low) / (high - low)
@@ -84,7 +99,11 @@ class StepCost:
         table = self._tables.get(batch)
         if table is None or len(table) <= rows:
             each = batch * np.arange(1, max(rows + 1, self.most_rows // batch) + 1)
-            table = np.interp(each, self.rows, self._monotone)
+            if self.stairs:
+                stair = np.searchsorted(self.rows, each).clip(max=len(self.rows) - 1)
+                table = np.array(self._monotone)[stair]
+            else:
+                table = np.interp(each, self.rows, self._monotone)
             if each[-1] > self.most_rows:
                 table = np.where(each > self.most_rows, self._monotone[-1] * each / self.most_rows, table)
             table.setflags(write=False)
@@ -93,8 +112,11 @@ class StepCost:
 
 
 def best_rows(chances: Sequence[float] | np.ndarray, seconds: np.ndarray) -> int:
-    """How many rows, taken in order, give the most expected tokens in the seconds of a step with 0, 1, ... of them."""
-    expected = np.cumsum([1.0, *chances])
+    """How many rows, taken in order, give the most expected tokens in the seconds of a step with 0, 1, ... of them.
+
+    Each is worth its chance and `TAUGHT`.
+    """
+    expected = np.cumsum([1.0, *(chance + TAUGHT for chance in chances)])
     # The first of the best: a row that gains nothing is left out.
     return int(np.argmax(expected / seconds[: len(expected)]))
 
@@ -105,7 +127,12 @@ def measure_step_cost(
     repetitions: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> StepCost:
-    """Time steps of a chain of rows behind a short context (medians; a few seconds for a small model)."""
+    """Time steps of a chain of rows behind a short context (medians; a few seconds for a small model).
+
+    A runner that rounds rows up is measured at the numbers that it rounds to.
+    """
+    stairs = tuple(count for count in runner.row_sizes if count <= rows[-1])
+    rows = stairs or rows
     limit = runner.max_positions or 1 << 30
     context = max(1, min(_CONTEXT, limit // 2))
     rows = [count for count in rows if context + count < limit] or [1]
@@ -133,7 +160,7 @@ def measure_step_cost(
             progress(len(rows), len(rows))
     finally:
         runner.release(_TUNING_SLOT)
-    return StepCost(tuple(rows), tuple(seconds))
+    return StepCost(tuple(rows), tuple(seconds), bool(stairs))
 
 
 def fingerprint(runner: Runner, config: dict[str, Any], dtype: str, device: torch.device) -> str:
@@ -161,10 +188,12 @@ def remembered_step_cost(
     """The cost in the file `path`, or a new measurement written there."""
     try:
         stored = json.loads(path.read_text())
-        cost = StepCost(tuple(map(int, stored["rows"])), tuple(map(float, stored["seconds"])))
+        stairs = bool(stored["stairs"])
+        cost = StepCost(tuple(map(int, stored["rows"])), tuple(map(float, stored["seconds"])), stairs)
         ordered = all(fewer < more for fewer, more in pairwise((0, *cost.rows)))
         positive = all(0 < value < math.inf for value in cost.seconds)
-        if cost.rows and len(cost.rows) == len(cost.seconds) and ordered and positive:
+        whole = len(cost.rows) == len(cost.seconds) and stairs == bool(runner.row_sizes)
+        if cost.rows and whole and ordered and positive:
             return cost
     except (OSError, ValueError, KeyError, TypeError):
         cost = None  # not measured yet, or not by this version: measure
@@ -172,7 +201,7 @@ def remembered_step_cost(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps({"rows": cost.rows, "seconds": cost.seconds}))
+        part.write_text(json.dumps({"rows": cost.rows, "seconds": cost.seconds, "stairs": cost.stairs}))
         part.replace(path)
     except OSError:
         return cost  # a read-only cache only costs the measurement again next time

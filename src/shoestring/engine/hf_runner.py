@@ -86,6 +86,11 @@ class HFRunner:
         return f"transformers' modules on {self._device}"
 
     @property
+    def row_sizes(self) -> Sequence[int]:
+        """Rows are taken as they are."""
+        return ()
+
+    @property
     def asynchronous(self) -> bool:
         """Steps are waited for."""
         return False

@@ -152,6 +152,11 @@ class NativeRunner:
         return str(self._model.instruction_set)
 
     @property
+    def row_sizes(self) -> Sequence[int]:
+        """Rows are taken as they are."""
+        return ()
+
+    @property
     def asynchronous(self) -> bool:
         """Steps are waited for."""
         return False

@@ -126,6 +126,10 @@ class Runner(Protocol):
         """The slots that are open."""
 
     @property
+    def row_sizes(self) -> Sequence[int]:
+        """The numbers of rows that a step's are rounded up to, rising; none: it takes them as they are."""
+
+    @property
     def asynchronous(self) -> bool:
         """Whether `step` returns while it runs; its results wait for it."""
 

@@ -18,7 +18,7 @@ from shoestring.decoding.drafters.ngram import SuffixIndex
 from shoestring.decoding.drafters.protocol import ROOT
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Guess, native_part
 from shoestring.decoding.drafters.recycle import SuccessorTable
-from shoestring.decoding.tune import best_rows
+from shoestring.decoding.tune import TAUGHT, best_rows
 from shoestring.engine.tokentree import NO_TOKEN
 
 __all__ = ["Guesses", "PlainGuesses", "make_guesses", "plan_rows"]
@@ -136,7 +136,7 @@ def plan_rows(
     # A drafted row's chance is at most its parent's, and a look-ahead row's value that of the one above it.
     order = np.lexsort((places, -values))[: max(most, 0)]
     if seconds is not None:
-        expected = np.cumsum([1.0, *values[order]])[: len(seconds)]
+        expected = np.cumsum([1.0, *(values[order] + TAUGHT)])[: len(seconds)]
         order = order[: int(np.argmax(expected / seconds[: len(expected)]))]
     kept = int((order < drafted).sum())
     below = Counter(nodes[order[order >= drafted]].tolist())
@@ -156,13 +156,13 @@ class _Speed:
         if self._seconds is None:
             return True
         seconds = self._seconds[self._rows + 1 :]
-        expected = self._expected + np.arange(1, len(seconds) + 1) * chance
+        expected = self._expected + np.arange(1, len(seconds) + 1) * (chance + TAUGHT)
         return bool((expected * _SLACK > self._fastest * seconds).any())
 
     def take(self, chance: float) -> None:
         """Take another row."""
         self._rows += 1
-        self._expected += chance
+        self._expected += chance + TAUGHT
         if self._seconds is not None and self._rows < len(self._seconds):
             self._fastest = max(self._fastest, self._expected / self._seconds[self._rows])
 

@@ -17,13 +17,13 @@ from shoestring.engine.cuda.choose import MAX_TOP, Candidates
 from shoestring.engine.cuda.decoder import Buffers, Decoder
 from shoestring.engine.cuda.layout import Bucket, DeviceLayout, HostLayout
 
-__all__ = ["GRAPH_ROWS", "BucketStep", "BucketSteps", "bucket_of"]
+__all__ = ["GRAPH_ROWS", "ROW_SIZES", "BucketStep", "BucketSteps", "bucket_of"]
 
-# Two rows take as long as eight.
-_ROWS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+ROW_SIZES = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows of buckets. Two take as long as eight."""
 _SLOTS = (1, 2, 4, 8, MAX_SLOTS)
 _TOPS = (1, 8, MAX_TOP)
-GRAPH_ROWS = _ROWS[-1]
+GRAPH_ROWS = ROW_SIZES[-1]
 """The most rows of a pass."""
 _MOST_BUCKETS = 48
 
@@ -34,7 +34,7 @@ def bucket_of(slots: int, rows: int, top_k: int) -> tuple[Bucket, int]:
     Steps of several rows find some in any case, so that drafters which ask for them need no graphs of their own.
     """
     many = next(size for size in _SLOTS if size >= slots)
-    wide = next(size for size in _ROWS if size >= max(rows, many))
+    wide = next(size for size in ROW_SIZES if size >= max(rows, many))
     least = top_k if wide == 1 else max(top_k, _TOPS[1])
     return Bucket(many, wide), next(size for size in _TOPS if size >= least)
 
@@ -195,7 +195,7 @@ class BucketSteps:
             (size, rows, top)
             for size in _SLOTS
             if size == 1 or size < 2 * slots
-            for rows in _ROWS
+            for rows in ROW_SIZES
             if rows >= size
             for top in (_TOPS[:2] if rows == 1 else _TOPS[1:2])
         ]

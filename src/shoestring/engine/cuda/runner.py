@@ -14,7 +14,7 @@ from shoestring.engine.cuda.cache import PagedCache
 from shoestring.engine.cuda.cache_moves import move_rows
 from shoestring.engine.cuda.choose import MAX_TOP
 from shoestring.engine.cuda.decoder import Decoder
-from shoestring.engine.cuda.graphs import GRAPH_ROWS, BucketStep, BucketSteps
+from shoestring.engine.cuda.graphs import GRAPH_ROWS, ROW_SIZES, BucketStep, BucketSteps
 from shoestring.engine.cuda.own_rows import OwnRows
 from shoestring.engine.results import NOT_FINITE, SlotResults
 from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult, check_step
@@ -76,6 +76,11 @@ class CudaRunner:
     def device(self) -> torch.device:
         """Where the model is; token ids come from the host."""
         return self._decoder.device
+
+    @property
+    def row_sizes(self) -> Sequence[int]:
+        """Those of the steps' buckets."""
+        return ROW_SIZES
 
     @property
     def asynchronous(self) -> bool:
