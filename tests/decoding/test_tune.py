@@ -94,7 +94,7 @@ def test_a_measured_cost_is_remembered(tmp_path):
     path = tmp_path / "deep" / "cost.json"
     cost = remembered_step_cost(runner_of("llama"), path)
     assert list(path.parent.iterdir()) == [path]
-    stored = {"rows": [1, 2], "seconds": [0.25, 0.5]}
+    stored = {"rows": [1, 2], "seconds": [0.25, 0.5], "stairs": False}
     path.write_text(json.dumps(stored))
     assert remembered_step_cost(runner_of("llama"), path) == StepCost((1, 2), (0.25, 0.5)) != cost
 
