@@ -55,6 +55,29 @@ def test_less_may_be_lost_of_what_does_not_promise_to_pay():
     assert sum(drafted[:20]) == 5
 
 
+def test_a_batch_whose_texts_end_one_after_another_does_not_try_losing_drafts_anew():
+    clock = Clock()
+    governor = Governor(clock=clock)
+    drafted = {}
+    for _ in range(4):
+        governor.begins()
+        for sequences in (8, 7, 6, 5):
+            for _ in range(20):
+                drafts = [governor.drafts(sequences) for _ in range(sequences)]
+                assert drafts[0] == all(drafts)
+                drafted.setdefault(sequences, []).append(drafts[0])
+                clock.now += sequences * (1.5 if drafts[0] else 1.0)
+                for _ in range(sequences):
+                    governor.ends(1)
+    assert not any(drafted[sequences][0] for sequences in drafted), (
+        "what a plain step of so many takes comes first"
+    )
+    tried = sum(map(sum, drafted.values()))
+    assert 0 < tried <= 16, (
+        "five at a time, which have lost six plain steps by the root of eight; a fortieth of 320 in all"
+    )
+
+
 def test_a_narrow_loss_is_tried_for_longer():
     drafted = run(160, plain=1.0, drafting=1.2, accepted=lambda step: 1)
     assert sum(drafted[:60]) >= 20

@@ -28,8 +28,16 @@ _FADING = 0.01  # of a correction, at each plain step: what was too dear is trie
 
 
 @dataclass
+class _Times:
+    """What plain and drafting steps of so many sequences took last."""
+
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    drafting: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+
+
+@dataclass
 class _Account:
-    """What plain and drafting steps of so many sequences took, and what drafts have won there."""
+    """What drafts of about so many sequences have won."""
 
     resting: int
     """Plain steps that are still to come before drafts are tried."""
@@ -39,17 +47,17 @@ class _Account:
     """What drafts have won, in plain steps."""
     patience: int = 1
     since_plain: int = 0
-    plain: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-    drafting: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
 
 class Governor:
     """Times the steps of a model's sequences, which share one step, and says whether the next one should draft.
 
-    Accounts are kept by the number of sequences: a step of eight says nothing of a step of one.
+    Accounts are kept for one sequence, two, three or four, five to eight and so on: a step of eight says nothing of a step
+    of one, and a batch whose texts end one after another must not try drafts anew each time.
 
     Args:
-        limit: what drafts may lose before they rest, in plain steps.
+        limit: what drafts of one sequence may lose before they rest, in plain steps; of n, whose steps leave less to
+            chance, less by the root of n.
         allowance: what they may lose in the long run, of the plain steps' time.
         credit: what earlier wins may make up for, likewise.
         first: plain steps that come first, the first of them to warm up.
@@ -80,6 +88,7 @@ class Governor:
         self._drafted, self._counts, self._sequences = False, True, 1
         self._asked = self._told = self._tokens = self._rows = 0
         self._accounts: dict[int, _Account] = {}
+        self._times: dict[int, _Times] = {}
 
     def calibrate(self, measured: StepCost) -> StepCost:
         """The measured cost of a step as steps have corrected it so far."""
@@ -102,7 +111,8 @@ class Governor:
             self._finish()
             self._began, self._sequences, self._counts = self._clock(), sequences, True
             self._asked = self._told = self._tokens = self._rows = 0
-            self._drafted = self._account.resting <= 0
+            times = self._times.setdefault(sequences, _Times())
+            self._drafted = self._account.resting <= 0 and bool(times.plain)
         self._asked += 1
         return self._drafted
 
@@ -116,11 +126,11 @@ class Governor:
 
     @property
     def _account(self) -> _Account:
-        """That of the present number of sequences; one plain step begins it, and more where nothing has run yet."""
-        account = self._accounts.get(self._sequences)
+        """That of about as many sequences; one plain step begins it, and more where nothing has run yet."""
+        about = (self._sequences - 1).bit_length()
+        account = self._accounts.get(about)
         if account is None:
-            account = _Account(1 if self._accounts else self._first)
-            self._accounts[self._sequences] = account
+            account = self._accounts[about] = _Account(1 if self._accounts else self._first)
         return account
 
     def _finish(self) -> None:
@@ -129,9 +139,10 @@ class Governor:
             return  # nothing was told, or some of its sequences read their prompts
         # A sequence that has ended tells nothing of its last step.
         seconds, share, account = self._ended - self._began, self._tokens / self._told, self._account
+        times = self._times[self._sequences]
         if not self._drafted:
-            account.plain.append(seconds)
-            self._correct(self._rows, statistics.median(account.plain))
+            times.plain.append(seconds)
+            self._correct(self._rows, statistics.median(times.plain))
             account.resting, account.owed, account.since_plain = (
                 account.resting - 1,
                 max(0, account.owed - 1),
@@ -143,17 +154,17 @@ class Governor:
         account.since_plain += 1
         if account.since_plain >= self._refresh:
             account.resting = 1
-        plain = statistics.median(account.plain) if account.plain else 0.0
+        plain = statistics.median(times.plain) if times.plain else 0.0
         if plain <= 0:
             return
-        account.drafting.append(seconds)
+        times.drafting.append(seconds)
         # Drafts differ in rows, so that their median would hide what the wide ones take.
-        took = min(seconds, _OUTLIER * statistics.median(account.drafting))
+        took = min(seconds, _OUTLIER * statistics.median(times.drafting))
         won = share - took / plain
         account.balance = min(self._credit, account.balance + won)
         if account.balance >= self._credit / 2:
             account.patience = 1
-        if account.balance < -self._limit:
+        if account.balance < -self._limit / math.sqrt(self._sequences):
             account.owed = math.ceil(-account.balance / self._allowance)
             account.resting = account.patience * account.owed
             account.patience = min(2 * account.patience, _MOST_PATIENCE)
