@@ -73,14 +73,18 @@ def tokens_per_step() -> str:
     return "\n".join(parts)
 
 
-def speed(machines: str = "") -> str:
+def speed(machines: str = "", all_batches: bool = False) -> str:
     """Tokens per second of each strategy, as ratios within one run; of machines whose names begin so."""
     parts = []
     for name, result in load_results("speed"):
         if not result["machine"].startswith(machines):
             continue
         batches = result.get("batches") or {"1": result}  # older files are of one batch
-        parts += [_speed_part(name, result, batch, cell) for batch, cell in batches.items()]
+        parts += [
+            _speed_part(name, result, batch, cell)
+            for batch, cell in batches.items()
+            if batch == "1" or all_batches
+        ]
     return "\n".join(parts)
 
 
@@ -122,14 +126,20 @@ def _speed_part(name: str, result: Result, batch: str, cell: Result) -> str:
             low, high = row[column]["range"]
             spread = f" ({low:.2f}-{high:.2f})" if column == columns[0] and low < high else ""
             cells.append(f"{row[column]['median']:.2f}x{spread}")
+        if "sets" in cell:
+            of_sets = [found[contender]["over_autoregressive"]["median"] for found in cell["sets"].values()]
+            cells.append(" / ".join(f"{ratio:.2f}" for ratio in of_sets))
         rows.append(cells)
     rounds = cell.get("rounds", 5)
+    heads = ["", "tokens/step", "tokens/s", *(_SPEED_COLUMNS[column] for column in columns)]
+    if "sets" in cell:
+        heads.append("over plain, set by set")
     note = f"; {result['note']}" if "note" in result else ""
     return (
         f"{result['model']}, {result['dtype']}, batch {batch}, greedy, MT-Bench + GSM8K + HumanEval, "
         f"{result['machine']}, commit {result['commit']} "
         f"([{name}](RESULTS/{name})); ratios are medians over {rounds} round{'s' * (rounds != 1)} of one run{note}:\n\n"
-        + table(["", "tokens/step", "tokens/s", *(_SPEED_COLUMNS[column] for column in columns)], rows)
+        + table(heads, rows)
     )
 
 
@@ -387,7 +397,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "exactness-gpu": partial(exactness, ("bfloat16",)),
     "tokens-per-step": tokens_per_step,
     "speed": speed,
-    "speed-gpu": partial(speed, "nvidia"),
+    "speed-gpu": partial(speed, "nvidia", all_batches=True),
     "pass-steps": pass_steps,
     "pass-controls": pass_controls,
     "pass-speed": pass_speed,

@@ -110,6 +110,23 @@ def test_a_step_is_read_late_although_another_stream_has_stepped(monkeypatch, sa
         assert_plain(plain, prompt, tokens, sampling)
 
 
+def test_warmed_up_steps_capture_nothing_and_give_the_same_tokens():
+    runner, plain = fused("qwen3"), plain_model("qwen3")
+    progress = []
+    runner.warm_up(2, lambda *state: progress.append(state))
+    assert progress[0][0] == 0
+    assert len(progress) == progress[-1][0] + 1 == progress[-1][1] + 1 > 12
+    if not runner.steps.graphs:
+        return
+    captured = runner.steps.capture_seconds
+    prompts = [prompt_of(5), prompt_of(9, seed=1)]
+    for prompt, tokens in zip(
+        prompts, run(runner, [request(prompt, LookaheadDrafter(3, 3, 3)) for prompt in prompts]), strict=True
+    ):
+        assert_plain(plain, prompt, tokens)
+    assert runner.steps.capture_seconds == captured
+
+
 def test_a_long_prompt_passes_in_pieces_and_is_reused(monkeypatch):
     from shoestring.engine.cuda import runner as module
 

@@ -202,8 +202,10 @@ class BucketSteps:
         for done, (size, rows, top) in enumerate(kinds):
             if progress is not None:
                 progress(done, len(kinds))
+            if not self.graphs:
+                continue
             step = self.get(size, rows, top)
-            if step.captured or not self.graphs:
+            if step.captured:
                 continue
             step.host.fill({}, {}, {})
             step.run()

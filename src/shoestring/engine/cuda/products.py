@@ -35,6 +35,8 @@ _PTX = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 KIND_BITS = {"dense": 0, "int8": 8, "int4": 4}
 """Bits of a quantised weight, 0 for dense ones: what kernels call KIND."""
 _MOST_PARTS = 256
+_WIDEST_LEFT = 2048
+"""Wider rows are normalised by a kernel in front of the product: a small part of its time, and so measured."""
 
 
 class Norm(Protocol):
@@ -152,12 +154,9 @@ def chosen(product: Product, tuning: Tuning) -> LaunchConfig:
 def left_by(product: Product, config: LaunchConfig, workspace: LinearWorkspace | None) -> ScaledRows | None:
     """Where the product leaves its rows for the norm behind it; None where it does not."""
     rows, width = product.out.shape
-    if (
-        product.next_norm is None
-        or workspace is None
-        or config.kernel == "one_row"
-        or product.scaled is not None
-    ):
+    if product.next_norm is None or width > _WIDEST_LEFT or workspace is None or config.kernel == "one_row":
+        return None
+    if product.scaled is not None:
         return None  # what it reads lies where it would leave its own
     parts, room = triton.cdiv(width, config.block_n), workspace.rows(rows, width, product.weight.dtype)
     if room is None or parts > len(workspace.squares):
