@@ -72,18 +72,23 @@ def test_to_the_nearest_is_what_load_rounds_to(tmp_path, source, quantize):
     assert (done.folder, done.quantize, done.method) == (tmp_path / "small", quantize, "nearest")
     assert done.nbytes == hub.folder_bytes(done.folder) > 0
     assert any(stage == "pack" for stage, *_ in seen)
-    model, expected = shoestring.load(str(done.folder)), shoestring.load(name, quantize=quantize)
+    model, expected = (
+        shoestring.load(str(done.folder), device="cpu"),
+        shoestring.load(name, device="cpu", quantize=quantize),
+    )
     assert isinstance(model.runner, NativeRunner)
     assert model.runner.weights == expected.runner.weights
     np.testing.assert_array_equal(scores(model), scores(expected))
     text = model.generate(TOKENS, decoding="auto(budget=8)", max_new_tokens=16)
     assert text.token_ids == expected.generate(TOKENS, max_new_tokens=16).token_ids
-    np.testing.assert_array_equal(scores(shoestring.load(str(done.folder), quantize=quantize)), scores(model))
+    np.testing.assert_array_equal(
+        scores(shoestring.load(str(done.folder), device="cpu", quantize=quantize)), scores(model)
+    )
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_gptq_keeps_the_calibrated_numbers(tmp_path, plain, quantize):
-    done = quantize_model(str(plain), tmp_path / "small", quantize, calibration=TEXT, windows=3)
+    done = quantize_model(str(plain), tmp_path / "small", quantize, calibration=TEXT, windows=3, device="cpu")
     made = describe_quantized(done.folder)["made"]
     assert (made["method"], made["windows"]) == (done.method, 3) == ("gptq", 3)
     pretrained = hub.load_pretrained(plain, dtype="float32")
@@ -102,12 +107,12 @@ def test_gptq_keeps_the_calibrated_numbers(tmp_path, plain, quantize):
 
 def test_modules_run_the_same_numbers_where_there_is_no_native_step(tmp_path, plain, monkeypatch):
     folder = str(quantize_model(str(plain), tmp_path / "small", "int8").folder)
-    expected = scores(shoestring.load(folder, dtype="float32"))
+    expected = scores(shoestring.load(folder, device="cpu", dtype="float32"))
     monkeypatch.setattr(native_runner, "why_not_built", lambda: "not here")
-    model = shoestring.load(folder, dtype="float32")
+    model = shoestring.load(folder, device="cpu", dtype="float32")
     assert isinstance(model.runner, HFRunner)
     np.testing.assert_allclose(scores(model), expected, atol=0.02)  # the native step rounds activations
-    rounded = shoestring.load(str(plain), dtype="float32")
+    rounded = shoestring.load(str(plain), device="cpu", dtype="float32")
     assert np.abs(scores(model) - scores(rounded)).max() > 1e-4, "nothing was rounded"
     monkeypatch.setattr("shoestring.model.quantizing.why_not_built", lambda: "not here")
     with pytest.raises(UnsupportedModelError, match="cannot be quantised here: not here"):
