@@ -1,14 +1,10 @@
 """The CUDA runner: a Llama-like model as one CUDA graph a step, on an NVIDIA GPU."""
 
-import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from shoestring.engine.cuda.cache import PagedCache
 from shoestring.engine.cuda.cache_moves import move_rows
@@ -16,9 +12,9 @@ from shoestring.engine.cuda.choose import MAX_TOP
 from shoestring.engine.cuda.decoder import Decoder
 from shoestring.engine.cuda.graphs import GRAPH_ROWS, ROW_SIZES, BucketStep, BucketSteps
 from shoestring.engine.cuda.own_rows import OwnRows
-from shoestring.engine.results import NOT_FINITE, SlotResults
+from shoestring.engine.cuda.results import Chosen, CudaResults, Part
 from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult, check_step
-from shoestring.engine.sampling import SamplingOptions, next_tokens
+from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
 
@@ -58,7 +54,7 @@ class CudaRunner:
         self._sampling: dict[int, SamplingOptions] = {}
         self._trees: dict[int, TokenTree] = {}
         self._last: BucketStep | None = None
-        self._unread: _Chosen | None = None
+        self._unread: Chosen | None = None
         self.settled = True
         """Whether the last step compiled or captured nothing."""
 
@@ -140,7 +136,7 @@ class CudaRunner:
         results: dict[int, RowResults] = {}
         for slot, tree in trees.items():
             part = found[slot]
-            results[slot] = _CudaResults(
+            results[slot] = CudaResults(
                 part,
                 self._draws(slot, tree),
                 tree,
@@ -159,7 +155,7 @@ class CudaRunner:
         cached: Mapping[int, int],
         rows: Mapping[int, Sequence[int]],
         want: Outputs,
-    ) -> "dict[int, _Part]":
+    ) -> "dict[int, Part]":
         """One launch sequence or one graph: the slots' trees behind so many cached tokens."""
         total, outputs = sum(map(len, trees.values())), sum(map(len, rows.values()))
         top_k = max(1, want.top_k if want.top_k <= MAX_TOP else 1)
@@ -184,13 +180,13 @@ class CudaRunner:
             self.steps.prepare(step)
         step.run(hidden, chooses=outputs > 0)
         self._last = step
-        self._unread = chosen = _Chosen(step, outputs)
+        self._unread = chosen = Chosen(step, outputs)
         parts, first = {}, 0
         for slot, tree in trees.items():
             last = first + len(rows[slot])
             own = slice(firsts[slot], firsts[slot] + len(tree))
             states = {layer: array[own] for layer, array in hidden.items()}
-            parts[slot] = _Part(chosen, first, last, states)
+            parts[slot] = Part(chosen, first, last, states)
             first = last
         return parts
 
@@ -200,11 +196,11 @@ class CudaRunner:
         cached: Mapping[int, int],
         rows: Mapping[int, Sequence[int]],
         want: Outputs,
-    ) -> "dict[int, _Part]":
+    ) -> "dict[int, Part]":
         """A step of many rows, slot by slot and piece by piece: the rows before a piece are cached already."""
-        found: dict[int, _Part] = {}
+        found: dict[int, Part] = {}
         for slot, tree in trees.items():
-            parts: list[_Part] = []
+            parts: list[Part] = []
             for first, last in _pieces(tree):
                 piece = TokenTree(
                     tree.tokens[first:last],
@@ -219,7 +215,7 @@ class CudaRunner:
                 parts += self._pass(
                     {slot: piece}, {slot: cached[slot] + first}, {slot: wanted}, want
                 ).values()
-            found[slot] = _Part.joined(parts)
+            found[slot] = Part.joined(parts)
         return found
 
     def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
@@ -313,76 +309,6 @@ class CudaRunner:
         )
 
 
-class _Chosen:
-    """A pass's tokens and logits, which lie in its bucket until the next pass; who asks for them waits for it."""
-
-    def __init__(self, step: BucketStep, outputs: int) -> None:
-        self._step, self._outputs = step, outputs
-        self._kept: Tensor | None = None
-
-    @functools.cached_property
-    def tokens(self) -> tuple[list[int], list[list[int]]]:
-        """Each output's next token and its likeliest tokens (waits)."""
-        return self._step.chosen() if self._outputs else ([], [])
-
-    @property
-    def logits(self) -> Tensor:
-        """The outputs' logits [outputs, V]."""
-        return self._step.logits[: self._outputs] if self._kept is None else self._kept
-
-    def keep(self) -> None:
-        """Before another pass: copy what nobody has asked for so far (others have had what they want)."""
-        if "tokens" not in self.__dict__ and self._outputs:
-            self._kept = self.logits.clone()
-            _ = self.tokens
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a pass found for one slot: its outputs from `first` to `last`, and hidden states by layer."""
-
-    chosen: "_Chosen | _Joined"
-    first: int
-    last: int
-    hidden: dict[int, Tensor]
-
-    @property
-    def drawn(self) -> list[int]:
-        """Next tokens."""
-        return self.chosen.tokens[0][self.first : self.last]
-
-    @property
-    def top(self) -> list[list[int]]:
-        """Likeliest tokens."""
-        return self.chosen.tokens[1][self.first : self.last]
-
-    @property
-    def logits(self) -> Tensor:
-        """[rows, V]."""
-        return self.chosen.logits[self.first : self.last]
-
-    @classmethod
-    def joined(cls, parts: "Sequence[_Part]") -> "_Part":
-        """Passes over a tree's rows, one behind another."""
-        if len(parts) == 1:
-            return parts[0]
-        tokens = (
-            [token for part in parts for token in part.drawn],
-            [some for part in parts for some in part.top],
-        )
-        joined = _Joined(tokens, torch.cat([part.logits for part in parts]))
-        hidden = {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden}
-        return cls(joined, 0, len(tokens[0]), hidden)
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Several passes' tokens and logits."""
-
-    tokens: tuple[list[int], list[list[int]]]
-    logits: Tensor
-
-
 def _pieces(tree: TokenTree) -> list[tuple[int, int]]:
     """Ranges of a tree's rows, each of which hangs below the last row of the one before it.
 
@@ -396,57 +322,3 @@ def _pieces(tree: TokenTree) -> list[tuple[int, int]]:
         raise RequestError(f"a tree with {count - root} branching rows; the fused step takes {GRAPH_ROWS}")
     ends = [*range(GRAPH_ROWS, root, GRAPH_ROWS), *([root] if root else []), count]
     return [(first, last) for first, last in pairwise([0, *ends]) if first < last]
-
-
-class _CudaResults(SlotResults):
-    """Tokens come with the step; logits stay on the device until someone asks."""
-
-    def __init__(
-        self, part: _Part, draws: bool, tree: TokenTree, rows: Sequence[int], *arguments: Any
-    ) -> None:
-        super().__init__(tree, rows, None, *arguments)
-        self._part, self._draws = part, draws
-
-    def next_token(self, row: int) -> int:
-        """The token that follows the row under the slot's sampling options."""
-        if not self._draws:
-            plain = self._sampling.repetition_penalty == 1 and not self._tree.allowed
-            return self._filtered[self._index[row]] if plain else super().next_token(row)
-        token = self._drawn[self._index[row]]
-        if token < 0:
-            raise RequestError(NOT_FINITE)
-        return token
-
-    @property
-    def _logits(self) -> Tensor:
-        return self._part.logits
-
-    @functools.cached_property
-    def _drawn(self) -> list[int]:
-        return self._part.drawn
-
-    @functools.cached_property
-    def _likeliest(self) -> list[list[int]]:
-        return self._part.top
-
-    @functools.cached_property
-    def _filtered(self) -> list[int]:
-        """All rows' next tokens under filters, in one go."""
-        positions = [self._cached + self._tree.depths[row] + 1 for row in self._index]
-        return next_tokens(self._logits, self._sampling, positions)
-
-    @functools.cached_property
-    def _argmaxes(self) -> list[int]:
-        best = [row[0] for row in self._likeliest]
-        if best and min(best) < 0:
-            raise RequestError(NOT_FINITE)
-        return best
-
-    @functools.cached_property
-    def _top(self) -> list[list[int]]:
-        if self._top_k > MAX_TOP:
-            return super()._top
-        likeliest = self._likeliest
-        if likeliest and len(likeliest[0]) == self._top_k:
-            return likeliest
-        return [row[: self._top_k] for row in likeliest]

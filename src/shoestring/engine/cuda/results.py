@@ -1,0 +1,142 @@
+"""A CUDA step's results: tokens and logits that lie in its bucket until someone asks for them, or the next pass comes."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoestring.engine.cuda.choose import MAX_TOP
+from shoestring.engine.cuda.graphs import BucketStep
+from shoestring.engine.results import NOT_FINITE, SlotResults
+from shoestring.engine.sampling import next_tokens
+from shoestring.engine.tokentree import TokenTree
+from shoestring.errors import RequestError
+
+__all__ = ["Chosen", "CudaResults", "Part"]
+
+
+class Chosen:
+    """A pass's tokens and logits, which lie in its bucket until the next pass; who asks for them waits for it."""
+
+    def __init__(self, step: BucketStep, outputs: int) -> None:
+        self._step, self._outputs = step, outputs
+        self._kept: Tensor | None = None
+
+    @functools.cached_property
+    def tokens(self) -> tuple[list[int], list[list[int]]]:
+        """Each output's next token and its likeliest tokens (waits)."""
+        return self._step.chosen() if self._outputs else ([], [])
+
+    @property
+    def logits(self) -> Tensor:
+        """The outputs' logits [outputs, V]."""
+        return self._step.logits[: self._outputs] if self._kept is None else self._kept
+
+    def keep(self) -> None:
+        """Before another pass: copy what nobody has asked for so far (others have had what they want)."""
+        if "tokens" not in self.__dict__ and self._outputs:
+            self._kept = self.logits.clone()
+            _ = self.tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a pass found for one slot: its outputs from `first` to `last`, and hidden states by layer."""
+
+    chosen: "Chosen | Joined"
+    first: int
+    last: int
+    hidden: dict[int, Tensor]
+
+    @property
+    def drawn(self) -> list[int]:
+        """Next tokens."""
+        return self.chosen.tokens[0][self.first : self.last]
+
+    @property
+    def top(self) -> list[list[int]]:
+        """Likeliest tokens."""
+        return self.chosen.tokens[1][self.first : self.last]
+
+    @property
+    def logits(self) -> Tensor:
+        """[rows, V]."""
+        return self.chosen.logits[self.first : self.last]
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Part]") -> "Part":
+        """Passes over a tree's rows, one behind another."""
+        if len(parts) == 1:
+            return parts[0]
+        tokens = (
+            [token for part in parts for token in part.drawn],
+            [some for part in parts for some in part.top],
+        )
+        joined = Joined(tokens, torch.cat([part.logits for part in parts]))
+        hidden = {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden}
+        return cls(joined, 0, len(tokens[0]), hidden)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several passes' tokens and logits."""
+
+    tokens: tuple[list[int], list[list[int]]]
+    logits: Tensor
+
+
+class CudaResults(SlotResults):
+    """Tokens come with the step; logits stay on the device until someone asks."""
+
+    def __init__(
+        self, part: Part, draws: bool, tree: TokenTree, rows: Sequence[int], *arguments: Any
+    ) -> None:
+        super().__init__(tree, rows, None, *arguments)
+        self._part, self._draws = part, draws
+
+    def next_token(self, row: int) -> int:
+        """The token that follows the row under the slot's sampling options."""
+        if not self._draws:
+            plain = self._sampling.repetition_penalty == 1 and not self._tree.allowed
+            return self._filtered[self._index[row]] if plain else super().next_token(row)
+        token = self._drawn[self._index[row]]
+        if token < 0:
+            raise RequestError(NOT_FINITE)
+        return token
+
+    @property
+    def _logits(self) -> Tensor:
+        return self._part.logits
+
+    @functools.cached_property
+    def _drawn(self) -> list[int]:
+        return self._part.drawn
+
+    @functools.cached_property
+    def _likeliest(self) -> list[list[int]]:
+        return self._part.top
+
+    @functools.cached_property
+    def _filtered(self) -> list[int]:
+        """All rows' next tokens under filters, in one go."""
+        positions = [self._cached + self._tree.depths[row] + 1 for row in self._index]
+        return next_tokens(self._logits, self._sampling, positions)
+
+    @functools.cached_property
+    def _argmaxes(self) -> list[int]:
+        best = [row[0] for row in self._likeliest]
+        if best and min(best) < 0:
+            raise RequestError(NOT_FINITE)
+        return best
+
+    @functools.cached_property
+    def _top(self) -> list[list[int]]:
+        if self._top_k > MAX_TOP:
+            return super()._top
+        likeliest = self._likeliest
+        if likeliest and len(likeliest[0]) == self._top_k:
+            return likeliest
+        return [row[: self._top_k] for row in likeliest]
