@@ -1,7 +1,7 @@
 """Any Hugging Face causal language model as a runner, on any device: the plain twin of all faster bodies."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from shoestring.engine import admission
 from shoestring.engine.attention import StepLayout, active_step, additive_mask, register_attention
 from shoestring.engine.kvcache import KVCache
 from shoestring.engine.results import SlotResults
-from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult, check_step
+from shoestring.engine.runner import NEXT_TOKENS, Outputs, PlainSteps, RowResults, StepResult, check_step
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
@@ -18,7 +18,7 @@ from shoestring.errors import RequestError
 __all__ = ["HFRunner"]
 
 
-class HFRunner:
+class HFRunner(PlainSteps):
     """Runs an unmodified HF model over token trees.
 
     The model's attention is switched to tree attention, which is transformers' SDPA outside our steps; `close`
@@ -84,21 +84,6 @@ class HFRunner:
     def description(self) -> str:
         """What runs."""
         return f"transformers' modules on {self._device}"
-
-    @property
-    def row_sizes(self) -> Sequence[int]:
-        """Rows are taken as they are."""
-        return ()
-
-    @property
-    def asynchronous(self) -> bool:
-        """Steps are waited for."""
-        return False
-
-    @property
-    def settled(self) -> bool:
-        """Nothing is compiled for a step."""
-        return True
 
     @property
     def slots(self) -> Collection[int]:
@@ -175,9 +160,6 @@ class HFRunner:
         self.cache.release(slot)
         self._sampling.pop(slot)
         self._trees.pop(slot, None)
-
-    def warm_up(self, slots: int, progress: Callable[[int, int], None] | None = None) -> None:
-        """Nothing is compiled for a step."""
 
     def clear(self) -> None:
         """Drop what is kept of released slots."""

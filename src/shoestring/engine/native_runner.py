@@ -1,7 +1,7 @@
 """The native runner: all layers of a step in one call of C++, on the CPU, for models of the Llama family."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +13,7 @@ from shoestring.engine.native_cache import NativeCache
 from shoestring.engine.native_weights import NativeConfig, as_native, config_of, tensors_of
 from shoestring.engine.native_weights import why_not as why_not_config
 from shoestring.engine.results import NOT_FINITE, SlotResults
-from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult, check_step
+from shoestring.engine.runner import NEXT_TOKENS, Outputs, PlainSteps, RowResults, StepResult, check_step
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError, UnsupportedModelError
@@ -48,7 +48,7 @@ def why_not(config: Any) -> str | None:
     return why_not_built() or why_not_config(config.get_text_config(decoder=True))
 
 
-class NativeRunner:
+class NativeRunner(PlainSteps):
     """Runs a Llama-like model over token trees, in C++.
 
     Args:
@@ -152,21 +152,6 @@ class NativeRunner:
         return str(self._model.instruction_set)
 
     @property
-    def row_sizes(self) -> Sequence[int]:
-        """Rows are taken as they are."""
-        return ()
-
-    @property
-    def asynchronous(self) -> bool:
-        """Steps are waited for."""
-        return False
-
-    @property
-    def settled(self) -> bool:
-        """Nothing is compiled for a step."""
-        return True
-
-    @property
     def slots(self) -> Collection[int]:
         """The slots that are open."""
         return self._sampling.keys()
@@ -241,9 +226,6 @@ class NativeRunner:
         self.cache.release(slot)
         self._sampling.pop(slot)
         self._trees.pop(slot, None)
-
-    def warm_up(self, slots: int, progress: Callable[[int, int], None] | None = None) -> None:
-        """Nothing is compiled for a step."""
 
     def clear(self) -> None:
         """Drop what is kept of released slots."""

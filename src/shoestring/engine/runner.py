@@ -15,6 +15,7 @@ from shoestring.errors import RequestError
 __all__ = [
     "NEXT_TOKENS",
     "Outputs",
+    "PlainSteps",
     "RowResults",
     "Runner",
     "StepResult",
@@ -160,6 +161,28 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Give back what the runner holds; a step after it is an error."""
+
+
+class PlainSteps:
+    """What holds of a runner that takes rows as they are, compiles nothing for them, and waits for its steps."""
+
+    @property
+    def row_sizes(self) -> Sequence[int]:
+        """Rows are taken as they are."""
+        return ()
+
+    @property
+    def asynchronous(self) -> bool:
+        """Steps are waited for."""
+        return False
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is compiled for a step."""
+        return True
+
+    def warm_up(self, slots: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Nothing is compiled for a step."""
 
 
 def free_slot(runner: Runner) -> int:
