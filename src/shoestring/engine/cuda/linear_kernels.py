@@ -225,6 +225,28 @@ def finish(
         tl.store(next_squares + tile * squares_stride + m, tl.sum(kept * kept, 0), mask=m < rows)
 
 
+@triton.jit
+def _load_and_finish(
+    sums, other, squares, parts, bias, residual, out, next_gain, next_values, next_squares, n, m, rows, outputs,
+    residual_stride, out_stride, next_stride, squares_stride, epsilon,
+    K: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, MOST_PARTS: tl.constexpr,
+    LEAVES: tl.constexpr, NEXT_ADDS_ONE: tl.constexpr,
+):  # fmt: skip
+    """`finish`, with what it needs read here: of programs that share a tile only one comes by."""
+    if PARTS:
+        squares = left_squares(parts, m, rows, squares_stride, PARTS, MOST_PARTS)
+    biases, gains = gains_of(bias, next_gain, n, outputs, HAS_BIAS, LEAVES, NEXT_ADDS_ONE)
+    added = sums
+    if HAS_RESIDUAL:
+        added = added_to(residual, n, m, rows, outputs, residual_stride)
+    finish(
+        sums, other, squares, biases, added, gains, out, next_values, next_squares, n, m, tl.program_id(1), rows,
+        outputs, out_stride, next_stride, squares_stride, epsilon,
+        K, GATED, HAS_NORM or PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, LEAVES,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows", "outputs"])
 def few_rows_kernel(
     x, first, first_scales, second, second_scales, gain, parts, bias, residual, out, next_gain, next_values,
@@ -342,19 +364,12 @@ def few_rows_kernel(
                             odd_sum, K, EVEN, COMPUTE, PTX,
                         )  # fmt: skip
 
-    if PARTS:
-        squares = left_squares(parts, m, rows, squares_stride, PARTS, MOST_PARTS)
-    else:
-        squares = tl.sum(squares, 1)
-    biases, gains = gains_of(bias, next_gain, n, outputs, HAS_BIAS, LEAVES, NEXT_ADDS_ONE)
-    added = sums
-    if HAS_RESIDUAL:
-        added = added_to(residual, n, m, rows, outputs, residual_stride)
+    squares = tl.sum(squares, 1)
     if SPLIT_K == 1:
-        finish(
-            sums, other, squares, biases, added, gains, out, next_values, next_squares, n, m, tl.program_id(1), rows,
-            outputs, out_stride, next_stride, squares_stride, epsilon,
-            K, GATED, HAS_NORM or PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, LEAVES,
+        _load_and_finish(
+            sums, other, squares, parts, bias, residual, out, next_gain, next_values, next_squares, n, m, rows, outputs,
+            residual_stride, out_stride, next_stride, squares_stride, epsilon,
+            K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, PARTS, MOST_PARTS, LEAVES, NEXT_ADDS_ONE,
         )  # fmt: skip
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
@@ -374,8 +389,7 @@ def few_rows_kernel(
             tl.store(arrived + tile_index, 0)
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            if HAS_NORM:
-                squares = tl.zeros((BLOCK_M,), tl.float32)
+            squares = tl.zeros((BLOCK_M,), tl.float32)
             # Four at a time, so that their loads are under way together.
             for share in tl.range(0, SPLIT_K, loop_unroll_factor=4):
                 sums += tl.load(base + share * SHARE + cell, cache_modifier=".cg")
@@ -383,8 +397,8 @@ def few_rows_kernel(
                     other += tl.load(base + share * SHARE + SIZE + cell, cache_modifier=".cg")
                 if HAS_NORM:
                     squares += tl.load(base + share * SHARE + column, cache_modifier=".cg")
-            finish(
-                sums, other, squares, biases, added, gains, out, next_values, next_squares, n, m, tl.program_id(1),
-                rows, outputs, out_stride, next_stride, squares_stride, epsilon,
-                K, GATED, HAS_NORM or PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, LEAVES,
+            _load_and_finish(
+                sums, other, squares, parts, bias, residual, out, next_gain, next_values, next_squares, n, m, rows, outputs,
+                residual_stride, out_stride, next_stride, squares_stride, epsilon,
+                K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, PARTS, MOST_PARTS, LEAVES, NEXT_ADDS_ONE,
             )  # fmt: skip
