@@ -156,8 +156,8 @@ def left_by(product: Product, config: LaunchConfig, workspace: LinearWorkspace |
     rows, width = product.out.shape
     if product.next_norm is None or width > _WIDEST_LEFT or workspace is None or config.kernel == "one_row":
         return None
-    if product.scaled is not None:
-        return None  # what it reads lies where it would leave its own
+    if product.norm is not None:
+        return None  # what it reads may lie where it would leave its own
     parts, room = triton.cdiv(width, config.block_n), workspace.rows(rows, width, product.weight.dtype)
     if room is None or parts > len(workspace.squares):
         return None

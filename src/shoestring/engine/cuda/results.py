@@ -24,20 +24,23 @@ class Chosen:
     def __init__(self, step: BucketStep, outputs: int) -> None:
         self._step, self._outputs = step, outputs
         self._kept: Tensor | None = None
+        self._asked = False
 
     @functools.cached_property
     def tokens(self) -> tuple[list[int], list[list[int]]]:
         """Each output's next token and its likeliest tokens (waits)."""
+        self._asked = True
         return self._step.chosen() if self._outputs else ([], [])
 
     @property
     def logits(self) -> Tensor:
         """The outputs' logits [outputs, V]."""
+        self._asked = True
         return self._step.logits[: self._outputs] if self._kept is None else self._kept
 
     def keep(self) -> None:
-        """Before another pass: copy what nobody has asked for so far (others have had what they want)."""
-        if "tokens" not in self.__dict__ and self._outputs:
+        """Before another pass: copy what nobody has asked for so far; who has, has had what they want."""
+        if self._outputs and not self._asked:
             self._kept = self.logits.clone()
             _ = self.tokens
 
