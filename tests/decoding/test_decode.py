@@ -238,6 +238,18 @@ def test_a_drafter_that_proposes_no_token_of_the_vocabulary_is_named(runner, bra
     assert drafter.closed == 1
 
 
+def test_tokens_before_a_failing_proposal_are_given_out(runner, answer):
+    drafter = Oracle(answer, depth=1)
+    right = drafter.propose
+    drafter.propose = lambda context, budget: right(context, budget) if len(context.tokens) < 25 else [[-1]]
+    given = []
+    stream = decode(runner, [request(PROMPT, drafter)])
+    with pytest.raises(RequestError, match="proposed token -1"):
+        given.extend(emission.token for emission in stream)
+    assert given == answer[:4]
+    assert live(runner) == []
+
+
 def test_a_drafter_that_fails_to_begin_leaves_no_slot_open(runner):
     drafter = Oracle([])
     drafter.begin = lambda prompt: 1 / 0

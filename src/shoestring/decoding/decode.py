@@ -114,7 +114,11 @@ def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Itera
                     active.append(_open(runner, *taken))
             if not active:
                 return
-            flight = _launch(runner, active)
+            try:
+                flight = _launch(runner, active)
+            except Exception:
+                yield from _given_out(landed)  # they came before what failed
+                raise
             yield from _given_out(landed)
             landed = _land(runner, active, flight)
             for one in landed:
