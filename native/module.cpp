@@ -8,6 +8,7 @@
 #include "fastff_bindings.hpp"
 #include "quantized_bindings.hpp"
 #include "step_bindings.hpp"
+#include "step_layout_bindings.hpp"
 
 namespace nb = nanobind;
 
@@ -16,6 +17,7 @@ NB_MODULE(_native, module) {
   module.def("cpu_features", &shoestring::cpu_features,
              "Vector instruction sets that this processor and its operating system let us use.");
   shoestring::bind_step(module);
+  shoestring::bind_step_layout(module);
   shoestring::bind_drafting(module);
   shoestring::bind_quantized(module);
   shoestring::bind_fastff(module);

@@ -19,7 +19,7 @@ from shoestring.engine.cuda.layout import (
 )
 from shoestring.engine.cuda.rotary import rotary_table, rotary_twin, rotate_and_store
 from shoestring.engine.sampling import SamplingOptions, noise_keys
-from shoestring.engine.tokentree import TokenTree
+from shoestring.engine.tokentree import NO_TOKEN, TokenTree
 from shoestring.errors import RequestError
 
 
@@ -96,6 +96,49 @@ def test_what_a_bucket_cannot_hold_is_refused() -> None:
     host = HostLayout(DeviceLayout.allocate(Bucket(1, 512), "cpu"))
     with pytest.raises(RequestError, match="257 rows"):
         host.fill({0: TokenTree([0] * 257, [-1] + [0] * 256)}, {0: 0}, {0: 0})
+
+
+def test_the_native_part_fills_the_same_buffer() -> None:
+    pytest.importorskip("shoestring._native")
+    buffers = []
+    for native in (True, False):
+        random.seed(4)
+        host = HostLayout(DeviceLayout.allocate(Bucket(3, 96), "cpu"), native=native)
+        assert (host._native is not None) == native
+        filled = []
+        for step in range(40):
+            slots = random.sample(range(9), random.randrange(1, 4))
+            trees = {slot: _random_tree(random.randrange(1, 33), step % 3 == 0) for slot in slots}
+            kept = {slot: sorted(random.sample(range(20), random.randrange(1, 6))) for slot in slots}
+            outputs = {
+                slot: sorted(random.sample(range(len(tree)), random.randrange(len(tree) + 1)))
+                for slot, tree in trees.items()
+            }
+            firsts = host.fill(
+                trees,
+                {slot: random.randrange(500) for slot in slots},
+                {slot: slot + 1 for slot in slots},
+                {slot: SamplingOptions(temperature=0.5 * (step % 4 == 1)) for slot in slots},
+                None if step % 5 == 0 else outputs,
+                [Moves(slot, 10 * slot, rows) for slot, rows in kept.items() if step % 2],
+                {
+                    slot: random.sample(range(50), len(tree.embeddings or {}))
+                    for slot, tree in trees.items()
+                    if tree.embeddings
+                },
+            )
+            filled.append((firsts, host._buffer.clone()))
+        buffers.append(filled)
+    for (firsts, buffer), (other, twin) in zip(*buffers, strict=True):
+        assert firsts == other
+        assert torch.equal(buffer, twin)
+
+
+def _random_tree(rows: int, chain: bool) -> TokenTree:
+    parents = [-1, *(row - 1 if chain else random.randrange(row) for row in range(1, rows))]
+    own = random.sample(range(1, rows), random.randrange(min(rows, 4)))
+    tokens = [NO_TOKEN if row in own else random.randrange(1000) for row in range(rows)]
+    return TokenTree(tokens, parents, {row: torch.zeros(8) for row in own} or None)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,15 @@ def load(pointer, inside, EVEN: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
+def wrapped(m, rows):
+    """The row to read for row m: rows beyond the last are read as the first ones, so that loads need no mask.
+
+    Not all as the last one: every program would ask the L2 cache for the same lines, which took longer than other rows.
+    """
+    return m % rows
+
+
+@triton.jit
 def gained(values, gain, k, K: tl.constexpr, EVEN: tl.constexpr, ADDS_ONE: tl.constexpr):
     """Inputs [.., k] times an RMSNorm's gain, in float32."""
     gains = load(gain + k, k < K, EVEN, "evict_last").to(tl.float32)
@@ -289,7 +298,7 @@ def few_rows_kernel(
                 prefetch(second, values_stride * WIDTH, first_trip * TRIP, own, ROW, LINES)
         gdc_wait()
 
-    x += tl.minimum(m, rows - 1)[:, None] * x_stride
+    x += wrapped(m, rows)[:, None] * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_K if KIND == 0 else BLOCK_K // 2 if WRITTEN else 32), tl.float32)

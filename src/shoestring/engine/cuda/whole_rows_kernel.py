@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoestring.engine.cuda.linear_kernels import added_to, finish, gained, gains_of, left_squares, load
+from shoestring.engine.cuda.linear_kernels import added_to, finish, gained, gains_of, left_squares, load, wrapped
 
 __all__ = ["whole_rows_kernel"]
 
@@ -41,7 +41,7 @@ def whole_rows_kernel(
     biases, gains = gains_of(bias, next_gain, n, outputs, HAS_BIAS, LEAVES, NEXT_ADDS_ONE)
     if PDL:
         gdc_wait()
-    values = load(x + tl.minimum(m, rows - 1)[None, :, None] * x_stride + k, k < K, EVEN, "evict_last")
+    values = load(x + wrapped(m, rows)[None, :, None] * x_stride + k, k < K, EVEN, "evict_last")
     added = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if HAS_RESIDUAL:
         added = added_to(residual, n, m, rows, outputs, residual_stride)
