@@ -358,9 +358,9 @@ Drafted Guesses::draft(size_t most, double least, const Predictions& predictions
 
 void Guesses::observe(const std::vector<int32_t>& emitted, const Predictions& predictions,
                       const std::vector<int32_t>& tokens, const std::vector<int32_t>& parents,
-                      const std::vector<int32_t>& accepted, const std::vector<std::vector<int32_t>>& successors) {
+                      const std::vector<int32_t>& accepted, Successors successors) {
   const auto rows = static_cast<int32_t>(tokens.size());
-  if (parents.size() != tokens.size() || successors.size() != tokens.size() + 1) {
+  if (parents.size() != tokens.size() || successors.rows != tokens.size() + 1) {
     throw std::invalid_argument("a parent and successors are needed for each row, and successors of the sequence");
   }
   for (int32_t row = 0; row < rows; ++row) {
@@ -379,12 +379,14 @@ void Guesses::observe(const std::vector<int32_t>& emitted, const Predictions& pr
     after_pair_.prefetch(pair_key(before(row), tokens[row]));
     after_.prefetch(static_cast<uint32_t>(tokens[row]));
   }
-  const auto remember_row = [&](int32_t row) { remember(before(row), tokens[row], successors[row + 1]); };
+  const auto likely = [&](size_t row) { return successors.values + row * successors.width; };
+  const auto remember_row = [&](int32_t row) { remember(before(row), tokens[row], likely(row + 1), successors.width); };
   // What the accepted path shows holds longest, then what the likeliest rows do.
   for (int32_t row = rows - 1; row >= 0; --row) {
     if (tokens[row] >= 0 && !on_path[row]) remember_row(row);
   }
-  remember(tokens_.size() > 1 ? tokens_[tokens_.size() - 2] : -1, last, successors[0]);
+  remember(tokens_.size() > 1 ? tokens_[tokens_.size() - 2] : -1, last, likely(0),
+           successors.width);
   for (const int32_t row : accepted) remember_row(row);
 }
 
@@ -407,19 +409,19 @@ void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& pred
   }
 }
 
-int32_t* Guesses::store(FlatTable& table, uint64_t key, const std::vector<int32_t>& successors) {
-  const size_t count = std::min<size_t>(successors.size(), kMostRank);
+int32_t* Guesses::store(FlatTable& table, uint64_t key, const int32_t* successors, size_t count) {
+  count = std::min<size_t>(count, kMostRank);
   if (table.width() < kSuccessorsHead + count) table.widen(kSuccessorsHead + count);
   int32_t* row = table.insert(key);
   row[1] = static_cast<int32_t>(count);
-  std::copy_n(successors.begin(), count, row + kSuccessorsHead);
+  std::copy_n(successors, count, row + kSuccessorsHead);
   return row;
 }
 
-void Guesses::remember(int32_t before, int32_t token, const std::vector<int32_t>& successors) {
-  store(after_, static_cast<uint32_t>(token), successors);
+void Guesses::remember(int32_t before, int32_t token, const int32_t* successors, size_t count) {
+  store(after_, static_cast<uint32_t>(token), successors, count);
   const uint64_t pair = pair_key(before, token);
-  store(after_pair_, pair, successors)[0] = ++clock_;
+  store(after_pair_, pair, successors, count)[0] = ++clock_;
   updates_.emplace_back(pair, clock_);
   while (!updates_.empty()) {
     const auto [oldest, when] = updates_.front();

@@ -57,6 +57,12 @@ struct Grown {
 
 using Predictions = std::vector<std::vector<int32_t>>;
 
+// Tokens likely behind the sequence (row 0) and behind each row of a draft, [rows, width], best first.
+struct Successors {
+  const int32_t* values = nullptr;
+  size_t rows = 0, width = 0;
+};
+
 // Seconds of a step with 0, 1, ... rows beside the last token's; empty: rows cost nothing.
 struct Seconds {
   const double* of = nullptr;
@@ -88,8 +94,7 @@ class Guesses {
   // Counts which guesses at the tokens emitted behind the sequence came true; then remembers what the model found likely
   // after the sequence and after each row of a draft, `successors`, the sequence's first.
   void observe(const std::vector<int32_t>& emitted, const Predictions& predictions, const std::vector<int32_t>& tokens,
-               const std::vector<int32_t>& parents, const std::vector<int32_t>& accepted,
-               const std::vector<std::vector<int32_t>>& successors);
+               const std::vector<int32_t>& parents, const std::vector<int32_t>& accepted, Successors successors);
 
  private:
   static constexpr int kMostEnds = 8;
@@ -110,8 +115,8 @@ class Guesses {
   void find(const Tail& tail, size_t depth, const Predictions& predictions, std::vector<Found>& found) const;
   void weigh(const std::vector<Found>& found, std::vector<Candidate>& candidates) const;
   void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
-  void remember(int32_t before, int32_t token, const std::vector<int32_t>& successors);
-  static int32_t* store(FlatTable& table, uint64_t key, const std::vector<int32_t>& successors);
+  void remember(int32_t before, int32_t token, const int32_t* successors, size_t count);
+  static int32_t* store(FlatTable& table, uint64_t key, const int32_t* successors, size_t count);
 
   AcceptanceRates& rates_;
   int longest_;

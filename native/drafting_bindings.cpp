@@ -15,7 +15,7 @@ namespace shoestring {
 namespace {
 
 using Table = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Known = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 size_t count_of(int64_t most) { return most > 0 ? static_cast<size_t>(most) : 0; }
 Seconds seconds_of(const Table& table) { return table.is_valid() ? Seconds{table.data(), table.shape(0)} : Seconds{}; }
@@ -27,7 +27,7 @@ struct Rates {
 // Keeps the rates and the known successors alive with the guesses that read them.
 struct HeldGuesses {
   std::shared_ptr<AcceptanceRates> rates;
-  Known known;
+  Rows known;
   Guesses guesses;
 
   HeldGuesses(std::shared_ptr<AcceptanceRates> held, int longest, size_t pairs)
@@ -70,7 +70,7 @@ void bind_drafting(nb::module_& module) {
           },
           nb::arg("rates"), nb::arg("longest"), nb::arg("pairs"))
       .def("set_known",
-           [](HeldGuesses& self, const Known& known) {
+           [](HeldGuesses& self, const Rows& known) {
              self.known = known;
              self.guesses.set_known(known.data(), known.shape(0), known.shape(1));
            })
@@ -95,8 +95,9 @@ void bind_drafting(nb::module_& module) {
            nb::arg("least_value"))
       .def("observe", [](HeldGuesses& self, const std::vector<int32_t>& emitted, const Predictions& predictions,
                          const std::vector<int32_t>& tokens, const std::vector<int32_t>& parents,
-                         const std::vector<int32_t>& accepted, const std::vector<std::vector<int32_t>>& successors) {
-        self.guesses.observe(emitted, predictions, tokens, parents, accepted, successors);
+                         const std::vector<int32_t>& accepted, const Rows& successors) {
+        self.guesses.observe(emitted, predictions, tokens, parents, accepted,
+                             {successors.data(), successors.shape(0), successors.shape(1)});
       });
 }
 

@@ -212,7 +212,13 @@ nb::object rows_of(const std::shared_ptr<float>& memory, size_t rows, size_t col
   return nb::cast(nb::ndarray<nb::numpy, float>(memory.get(), {rows, cols}, capsule));
 }
 
-// (best [W], top_k [W k], logits [W V] or None, [hidden [T E], ...])
+nb::object table_of(std::vector<int32_t>&& values, size_t rows) {
+  auto* owner = new std::vector<int32_t>(std::move(values));
+  const nb::capsule capsule(owner, [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, int32_t>(owner->data(), {rows, rows ? owner->size() / rows : 0}, capsule));
+}
+
+// (best [W], top_k [W, k], logits [W V] or None, [hidden [T E], ...])
 nb::tuple step(const NativeModel& native, const std::vector<const NativeStorage*>& storages,
                const std::vector<int64_t>& cached, const std::vector<int>& rows, const Integers& tokens, const Integers& parents,
                const Integers& wanted, const Integers& embedding_rows, const Rows& embeddings,
@@ -251,7 +257,7 @@ nb::tuple step(const NativeModel& native, const std::vector<const NativeStorage*
   }
   nb::list hidden;
   for (const std::shared_ptr<float>& states : output.hidden) hidden.append(rows_of(states, tokens.size(), E));
-  return nb::make_tuple(output.best, output.top_k,
+  return nb::make_tuple(output.best, table_of(std::move(output.top_k), wanted.size()),
                         rows_of(output.logits, wanted.size(), static_cast<size_t>(model->shape.V)), hidden);
 }
 

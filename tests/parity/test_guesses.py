@@ -31,6 +31,10 @@ def pair(known=None):
     return made
 
 
+def rows_of(successors):
+    return np.array(successors, np.int32)
+
+
 def grown(guesses, most, least, predictions, seconds=None):
     tokens, parents, sources, chances = guesses.grow(most, least, predictions, seconds)
     return list(tokens), list(parents), list(sources), list(chances)
@@ -104,7 +108,8 @@ def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, a
         parents = [chance.randint(ROOT, row - 1) for row in range(rows)]
         tokens = [row for row in range(rows) if nodes[row] != NO_TOKEN]
         path = sorted(chance.sample(tokens, chance.randint(0, min(2, len(tokens)))))
-        likely = [successors() for _ in range(rows + 1)]
+        width = chance.randint(1, 9)
+        likely = rows_of([chance.sample(range(vocabulary), min(width, vocabulary)) for _ in range(rows + 1)])
         for _, guesses in made:
             guesses.observe(emitted, predictions, nodes, parents, path, likely)
         text += emitted
@@ -125,9 +130,8 @@ def test_the_oldest_pairs_make_room_in_both(monkeypatch, pairs, vocabulary, rows
     for row in range(rows // 2):
         text = chance.choices(range(vocabulary), k=3)
         # Halfway through more successors are remembered than there was room for.
-        likely = [
-            chance.sample(range(vocabulary), 1 if row < rows // 4 else vocabulary // 2) for _ in range(2)
-        ]
+        width = 1 if row < rows // 4 else vocabulary // 2
+        likely = rows_of([chance.sample(range(vocabulary), width) for _ in range(2)])
         for _, guesses in made:
             guesses.extend(text[:2])
             guesses.observe([], [], text[2:], [ROOT], [0], likely)
@@ -142,7 +146,7 @@ def test_the_oldest_pairs_make_room_in_both(monkeypatch, pairs, vocabulary, rows
 def test_growth_ends_where_nothing_more_can_pay():
     for _, guesses in pair():
         guesses.extend([1, 2, 3] * 4)
-        guesses.observe([], [], [1, 2], [ROOT, ROOT], [], [[5, 6, 7, 8]] * 3)
+        guesses.observe([], [], [1, 2], [ROOT, ROOT], [], rows_of([[5, 6, 7, 8]] * 3))
         assert len(grown(guesses, 40, 0.0, [])[0]) == 40
         assert 0 < len(grown(guesses, 40, 0.0, [], np.linspace(1.0, 5.0, 41))[0]) < 12
         assert not grown(guesses, 40, 0.0, [], np.linspace(1.0, 41.0, 41))[0], "a row costs as much as a step"
@@ -151,7 +155,7 @@ def test_growth_ends_where_nothing_more_can_pay():
 def test_what_was_forgotten_is_not_drafted():
     for _, guesses in pair():
         guesses.extend([1, 2, 1, 2])
-        guesses.observe([], [], [], [], [], [[7]])
+        guesses.observe([], [], [], [], [], rows_of([[7]]))
         assert 7 in grown(guesses, 8, 0.0, [])[0]
         guesses.forget()
         guesses.extend([1, 2])

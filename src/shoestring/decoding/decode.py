@@ -166,7 +166,7 @@ def _close(runner: Runner, sequence: _Sequence) -> None:
 def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
     """Ask for one forward pass over all active sequences; prompts enter in chunks."""
     trees: dict[int, TokenTree] = {}
-    wanted: dict[int, list[int]] = {}
+    wanted: dict[int, Sequence[int]] = {}
     roots: dict[int, int | None] = {}
     top_k = 0
     prefill = PREFILL_CHUNK
@@ -186,8 +186,10 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
         trees[sequence.slot] = _tree(pending, draft)
         roots[sequence.slot] = root
         top_k = max(top_k, draft.top_k)
-        nodes = range(len(draft)) if draft.wanted is None else draft.wanted
-        wanted[sequence.slot] = [root, *(root + 1 + node for node in nodes)]
+        if draft.wanted is None:
+            wanted[sequence.slot] = range(root, root + 1 + len(draft))
+        else:
+            wanted[sequence.slot] = [root, *(root + 1 + node for node in draft.wanted)]
     logits = any(sequence.request.logprobs for sequence in active)
     results = runner.step(trees, Outputs(wanted, top_k=top_k, logits=logits))
     return _Flight(trees, roots, results, runner.settled)
@@ -264,11 +266,14 @@ def _propose(runner: Runner, sequence: _Sequence, batch: int) -> Draft:
 
 
 def _tree(pending: list[int], draft: Draft) -> TokenTree:
-    root = len(pending) - 1
+    first = len(pending)
+    embeddings = None
+    if draft.embeddings:
+        embeddings = {first + node: vector for node, vector in draft.embeddings.items()}
     return TokenTree(
         [*pending, *draft.tokens],
-        [*range(-1, root), *(root + 1 + parent for parent in draft.parents)],
-        embeddings={root + 1 + node: vector for node, vector in draft.embeddings.items()} or None,
+        [*range(-1, first - 1), *[first + parent for parent in draft.parents]],
+        embeddings,
     )
 
 

@@ -8,11 +8,10 @@ lost as much time as a few plain steps take, and then rest until that is a small
 """
 
 import math
-import statistics
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from shoestring.decoding.tune import StepCost
@@ -24,6 +23,7 @@ _REMEMBERED = 7
 _OUTLIER = 3  # times the median of drafting steps: more says something of the machine
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
 _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where they lose again and again
+_NOTICED = 0.005  # of a step's seconds: a smaller correction is not worth planning anew for
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
@@ -77,8 +77,9 @@ class Governor:
         self._limit, self._allowance, self._credit = limit, allowance, credit
         self._first, self._refresh = first, refresh
         self._clock = clock
-        self.cost: StepCost | None = None
         self._measured: StepCost | None = None
+        self._cost: StepCost | None = None
+        self._stale = False
         # Factors of the measured seconds, None where no step was seen.
         self._corrections: list[float | None] = []
         # By measured row count, the nearest one that has a correction.
@@ -93,10 +94,20 @@ class Governor:
     def calibrate(self, measured: StepCost) -> StepCost:
         """The measured cost of a step as steps have corrected it so far."""
         if measured is not self._measured and measured != self._measured:
-            self._measured = self.cost = measured
+            self._measured = self._cost = measured
             self._corrections = [None] * len(measured.rows)
-        assert self.cost is not None, "set above"
-        return self.cost
+            self._stale = False
+        assert self._cost is not None, "set above"
+        if self._stale:
+            self._stale = False
+            seconds = [
+                base * (self._corrections[near] or 1.0)
+                for base, near in zip(measured.seconds, self._nearest, strict=True)
+            ]
+            old = self._cost.seconds
+            if any(abs(new - then) > _NOTICED * then for new, then in zip(seconds, old, strict=True)):
+                self._cost = StepCost(measured.rows, tuple(seconds), measured.stairs)
+        return self._cost
 
     def begins(self) -> None:
         """A text begins: it may repeat itself where the last one did not."""
@@ -111,7 +122,9 @@ class Governor:
             self._finish()
             self._began, self._sequences, self._counts = self._clock(), sequences, True
             self._asked = self._told = self._tokens = self._rows = 0
-            times = self._times.setdefault(sequences, _Times())
+            times = self._times.get(sequences)
+            if times is None:
+                times = self._times[sequences] = _Times()
             self._drafted = self._account.resting <= 0 and bool(times.plain)
         self._asked += 1
         return self._drafted
@@ -142,7 +155,7 @@ class Governor:
         times = self._times[self._sequences]
         if not self._drafted:
             times.plain.append(seconds)
-            self._correct(self._rows, statistics.median(times.plain))
+            self._correct(self._rows, _median(times.plain))
             account.resting, account.owed, account.since_plain = (
                 account.resting - 1,
                 max(0, account.owed - 1),
@@ -154,12 +167,12 @@ class Governor:
         account.since_plain += 1
         if account.since_plain >= self._refresh:
             account.resting = 1
-        plain = statistics.median(times.plain) if times.plain else 0.0
+        plain = _median(times.plain) if times.plain else 0.0
         if plain <= 0:
             return
         times.drafting.append(seconds)
         # Drafts differ in rows, so that their median would hide what the wide ones take.
-        took = min(seconds, _OUTLIER * statistics.median(times.drafting))
+        took = min(seconds, _OUTLIER * _median(times.drafting))
         won = share - took / plain
         account.balance = min(self._credit, account.balance + won)
         if account.balance >= self._credit / 2:
@@ -190,16 +203,13 @@ class Governor:
         if known is None:
             seen = [index for index, other in enumerate(self._corrections) if other is not None]
             self._nearest = [seen[_nearest(seen, index)] for index in range(len(measured.rows))]
-        self.cost = StepCost(
-            measured.rows,
-            tuple(
-                [
-                    base * (self._corrections[near] or 1.0)
-                    for base, near in zip(measured.seconds, self._nearest, strict=True)
-                ]
-            ),
-            measured.stairs,
-        )
+        self._stale = True
+
+
+def _median(times: Collection[float]) -> float:
+    """That of a few times, at every step: `statistics` takes its own."""
+    ordered, middle = sorted(times), len(times) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _nearest(numbers: Sequence[int], number: int) -> int:

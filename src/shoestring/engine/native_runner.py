@@ -191,14 +191,13 @@ class NativeRunner(PlainSteps):
         states = {
             layer: torch.from_numpy(array) for layer, array in zip(want.hidden_states, hidden, strict=True)
         }
-        width = min(want.top_k, self.vocab_size)
         results: dict[int, RowResults] = {}
         first = 0
         for slot, tree in trees.items():
             last = first + len(rows[slot])
             results[slot] = _NativeResults(
                 best[first:last],
-                [top[row * width : (row + 1) * width] for row in range(first, last)],
+                top[first:last],
                 tree,
                 rows[slot],
                 None if all_logits is None else all_logits[first:last],
@@ -262,9 +261,13 @@ class NativeRunner(PlainSteps):
 class _NativeResults(SlotResults):
     """Arg-max and top-k come with the step; logits only where something needs them."""
 
-    def __init__(self, best: list[int], top: list[list[int]], *arguments: Any) -> None:
+    def __init__(self, best: list[int], top: np.ndarray, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._best, self._likeliest = best, top
+
+    def top_k_table(self, rows: Sequence[int]) -> np.ndarray:
+        """`top_k_of` as an array: what the step has found, without a list for each row."""
+        return self._among(self._likeliest, rows)
 
     @functools.cached_property
     def _argmaxes(self) -> list[int]:
@@ -272,6 +275,7 @@ class _NativeResults(SlotResults):
             raise RequestError(NOT_FINITE)
         return self._best
 
-    @property
+    @functools.cached_property
     def _top(self) -> list[list[int]]:
-        return self._likeliest
+        likeliest: list[list[int]] = self._likeliest.tolist()
+        return likeliest

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +11,9 @@ from shoestring.engine.sampling import SamplingOptions, likely_draws, next_token
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
 
-__all__ = ["NOT_FINITE", "SlotResults"]
+__all__ = ["NOT_ASKED", "NOT_FINITE", "SlotResults"]
 
+NOT_ASKED = "the step was not asked for top_k"
 NOT_FINITE = "the model's logits are not finite numbers (try dtype='float32')"
 
 
@@ -41,8 +43,8 @@ class SlotResults:
         top_k: int,
     ) -> None:
         self._tree, self._all_logits, self._hidden = tree, logits, hidden
-        self._rows = list(rows)
-        self._index = {row: index for index, row in enumerate(rows)}
+        self._rows = rows
+        self._index = dict(zip(rows, range(len(rows)), strict=True))
         self._sampling, self._cached, self._tokens, self._top_k = sampling, cached, tokens, top_k
         self._next: dict[int, int] = {}
 
@@ -82,15 +84,31 @@ class SlotResults:
     def top_k_of(self, rows: Sequence[int]) -> list[list[int]]:
         """`top_k` of several rows."""
         if not self._top_k:
-            raise KeyError("the step was not asked for top_k")
-        if list(rows) == self._rows:  # those of all rows, as a draft's observer asks for them
+            raise KeyError(NOT_ASKED)
+        if rows == self._rows:  # those of all rows, as a draft's observer asks for them
             return self._top
         return [self._top[self._index[row]] for row in rows]
+
+    def top_k_table(self, rows: Sequence[int]) -> np.ndarray:
+        """`top_k_of` as an array, int32 [rows, k]."""
+        return np.array(self.top_k_of(rows), np.int32).reshape(len(rows), -1)
+
+    def _among(self, table: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+        """The rows' part of a table of all rows whose outputs were computed."""
+        if not self._top_k:
+            raise KeyError(NOT_ASKED)
+        if rows == self._rows:
+            return table
+        places = [self._index[row] for row in rows]
+        if places and places == list(range(places[0], places[0] + len(places))):
+            return table[places[0] : places[0] + len(places)]
+        return table[places]
 
     def candidates(self, rows: Sequence[int], count: int) -> list[list[int]]:
         """Per row, tokens likely to be the next under the slot's sampling options, best first: for drafts."""
         if self._sampling.greedy or not rows:
-            return [likely[:count] for likely in self.top_k_of(rows)] if rows else []
+            candidates: list[list[int]] = self.top_k_table(rows)[:, :count].tolist() if rows else []
+            return candidates
         positions = [self._cached + self._tree.depths[row] + 1 for row in rows]
         logits = self._logits[[self._index[row] for row in rows]]
         return likely_draws(logits, self._sampling, positions, count)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,8 @@ class Outputs:
         """The wanted rows of one slot, ascending."""
         if self.rows is None or slot not in self.rows:
             return range(len(tree))
-        return sorted(set(self.rows[slot]))
+        rows = self.rows[slot]
+        return rows if isinstance(rows, range) and rows.step == 1 else sorted(set(rows))
 
 
 NEXT_TOKENS = Outputs()
@@ -68,6 +70,9 @@ class RowResults(Protocol):
 
     def top_k_of(self, rows: Sequence[int]) -> list[list[int]]:
         """`top_k` of several rows."""
+
+    def top_k_table(self, rows: Sequence[int]) -> np.ndarray:
+        """`top_k_of` as an array, int32 [rows, k]."""
 
     def candidates(self, rows: Sequence[int], count: int) -> list[list[int]]:
         """Per row, tokens likely to be the next under the slot's sampling options, best first (at most `top_k`)."""

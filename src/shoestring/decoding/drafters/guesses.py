@@ -83,7 +83,7 @@ class Guesses(Protocol):
         tokens: Sequence[int],
         parents: Sequence[int],
         accepted: Sequence[int],
-        successors: Sequence[Sequence[int]],
+        successors: np.ndarray,
     ) -> None:
         """Count which guesses at the tokens emitted behind the sequence came true; remember what a step found likely.
 
@@ -91,7 +91,7 @@ class Guesses(Protocol):
             emitted: tokens that follow the sequence.
             predictions: those that the draft was made with.
             tokens, parents, accepted: the draft, `NO_TOKEN` for its look-ahead rows, and the accepted path.
-            successors: tokens likely behind the sequence, and behind each row.
+            successors: tokens likely behind the sequence, and behind each row, int32 [1 + rows, k].
         """
 
 
@@ -264,11 +264,12 @@ class PlainGuesses:
         tokens: Sequence[int],
         parents: Sequence[int],
         accepted: Sequence[int],
-        successors: Sequence[Sequence[int]],
+        successors: np.ndarray,
     ) -> None:
         """Count which guesses at the tokens emitted behind the sequence came true; remember what a step found likely."""
         if not self._tokens:
             return
+        likely: list[list[int]] = successors.tolist()
         self._judge(emitted, predictions)
         # By node, ROOT (-1) at the end: its token, and the one before it.
         drafted = [*tokens, self._tokens[-1]]
@@ -279,7 +280,7 @@ class PlainGuesses:
             node for node in range(len(tokens) - 1, ROOT, -1) if node not in path and tokens[node] != NO_TOKEN
         ]
         for node in [*others, ROOT, *accepted]:
-            self._table.update(before[node], drafted[node], successors[node + 1])
+            self._table.update(before[node], drafted[node], likely[node + 1])
 
     def _judge(self, emitted: Sequence[int], predictions: Predictions) -> None:
         text = [*self._tokens[-self._longest :], *emitted]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from shoestring.engine.runner import RowResults
@@ -158,10 +159,10 @@ class StepObservation:
         """The likeliest tokens after a node, as many as the draft asked for."""
         return self.results.top_k(self.first_row + node)
 
-    def every_top_k(self) -> list[list[int]]:
-        """`top_k` of the last accepted token, and of each node."""
+    def every_top_k(self) -> np.ndarray:
+        """`top_k` of the last accepted token, and of each node: int32 [1 + nodes, k]."""
         first = self.first_row
-        return self.results.top_k_of(range(first + ROOT, first + len(self.draft)))
+        return self.results.top_k_table(range(first + ROOT, first + len(self.draft)))
 
     def candidates(self, nodes: Sequence[int], count: int) -> list[list[int]]:
         """Per node, tokens likely to follow it, best first, no more than the draft's `top_k`: for drafts."""

@@ -4,11 +4,13 @@ Rows, slots and the number of likeliest tokens are rounded up to a few sizes. A 
 second time; the graph holds the copy in, all launches and the copy out, so a step is one replay and one wait.
 """
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from shoestring.engine.cuda.attention import Workspace
@@ -28,6 +30,7 @@ GRAPH_ROWS = ROW_SIZES[-1]
 _MOST_BUCKETS = 48
 
 
+@functools.lru_cache(maxsize=4096)
 def bucket_of(slots: int, rows: int, top_k: int) -> tuple[Bucket, int]:
     """The bucket that a step fits into, and its number of likeliest tokens.
 
@@ -119,11 +122,12 @@ class BucketStep:
         if self._sent is not None:
             self._sent.synchronize()
 
-    def chosen(self) -> tuple[list[int], list[list[int]]]:
-        """Each output row's next token and its likeliest tokens (waits)."""
+    def chosen(self, count: int) -> tuple[list[int], np.ndarray]:
+        """The first output rows' next tokens, and their likeliest tokens int32 [count, top_k] (waits)."""
         self.wait()
-        outputs = self.layout.bucket.rows
-        return self._numbers[:outputs].tolist(), self._numbers[outputs:].reshape(outputs, self.top_k).tolist()
+        first = self.layout.bucket.rows
+        likeliest = self._numbers[first : first + count * self.top_k].reshape(count, self.top_k)
+        return self._numbers[:count].tolist(), likeliest.copy()
 
 
 class BucketSteps:

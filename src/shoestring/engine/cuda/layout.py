@@ -247,7 +247,9 @@ class HostLayout:
             if tree.embeddings:
                 rows = list(tree.embeddings)
                 places = [first + row for row in rows] if own is None else own[slot]
-            laid.append((tree.tokens, tree.parents, cached[slot], table_rows[slot], rows, places, outputs[slot]))
+            laid.append(
+                (tree.tokens, tree.parents, cached[slot], table_rows[slot], rows, places, outputs[slot])
+            )
             first += len(tree)
         moved = [(move.table_row, move.cached, move.rows) for move in moves]
         return dict(zip(trees, self._native.fill(laid, moved), strict=True))

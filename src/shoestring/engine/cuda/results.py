@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from shoestring.errors import RequestError
 
 __all__ = ["Chosen", "CudaResults", "Part"]
 
+_NONE = np.empty((0, 1), np.int32)
+
 
 class Chosen:
     """A pass's tokens and logits, which lie in its bucket until the next pass; who asks for them waits for it."""
@@ -27,10 +30,10 @@ class Chosen:
         self._asked = False
 
     @functools.cached_property
-    def tokens(self) -> tuple[list[int], list[list[int]]]:
-        """Each output's next token and its likeliest tokens (waits)."""
+    def tokens(self) -> tuple[list[int], np.ndarray]:
+        """Each output's next token and its likeliest tokens, int32 [outputs, k] (waits)."""
         self._asked = True
-        return self._step.chosen() if self._outputs else ([], [])
+        return self._step.chosen(self._outputs) if self._outputs else ([], _NONE)
 
     @property
     def logits(self) -> Tensor:
@@ -60,8 +63,8 @@ class Part:
         return self.chosen.tokens[0][self.first : self.last]
 
     @property
-    def top(self) -> list[list[int]]:
-        """Likeliest tokens."""
+    def top(self) -> np.ndarray:
+        """Likeliest tokens, int32 [rows, k]."""
         return self.chosen.tokens[1][self.first : self.last]
 
     @property
@@ -76,7 +79,8 @@ class Part:
             return parts[0]
         tokens = (
             [token for part in parts for token in part.drawn],
-            [some for part in parts for some in part.top],
+            # Passes without outputs have no number of likeliest tokens.
+            np.concatenate([part.top for part in parts if part.drawn] or [_NONE]),
         )
         joined = Joined(tokens, torch.cat([part.logits for part in parts]))
         hidden = {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden}
@@ -87,7 +91,7 @@ class Part:
 class Joined:
     """Several passes' tokens and logits."""
 
-    tokens: tuple[list[int], list[list[int]]]
+    tokens: tuple[list[int], np.ndarray]
     logits: Tensor
 
 
@@ -118,8 +122,14 @@ class CudaResults(SlotResults):
     def _drawn(self) -> list[int]:
         return self._part.drawn
 
+    def top_k_table(self, rows: Sequence[int]) -> np.ndarray:
+        """`top_k_of` as an array: what the device has written, without a list for each row."""
+        if self._top_k > MAX_TOP:
+            return super().top_k_table(rows)
+        return self._among(self._likeliest[:, : self._top_k], rows)
+
     @functools.cached_property
-    def _likeliest(self) -> list[list[int]]:
+    def _likeliest(self) -> np.ndarray:
         return self._part.top
 
     @functools.cached_property
@@ -130,7 +140,7 @@ class CudaResults(SlotResults):
 
     @functools.cached_property
     def _argmaxes(self) -> list[int]:
-        best = [row[0] for row in self._likeliest]
+        best: list[int] = self._likeliest[:, 0].tolist()
         if best and min(best) < 0:
             raise RequestError(NOT_FINITE)
         return best
@@ -139,7 +149,5 @@ class CudaResults(SlotResults):
     def _top(self) -> list[list[int]]:
         if self._top_k > MAX_TOP:
             return super()._top
-        likeliest = self._likeliest
-        if likeliest and len(likeliest[0]) == self._top_k:
-            return likeliest
-        return [row[: self._top_k] for row in likeliest]
+        likeliest: list[list[int]] = self._likeliest[:, : self._top_k].tolist()
+        return likeliest
