@@ -77,10 +77,11 @@ class Part:
         """Passes over a tree's rows, one behind another."""
         if len(parts) == 1:
             return parts[0]
+        tops = [part.top for part in parts if part.drawn] or [_NONE]
+        width = min(top.shape[1] for top in tops)  # all have as many as were asked for, some more
         tokens = (
             [token for part in parts for token in part.drawn],
-            # Passes without outputs have no number of likeliest tokens.
-            np.concatenate([part.top for part in parts if part.drawn] or [_NONE]),
+            np.concatenate([top[:, :width] for top in tops]),
         )
         joined = Joined(tokens, torch.cat([part.logits for part in parts]))
         hidden = {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden}
