@@ -17,6 +17,7 @@ from torch import Tensor
 from shoestring.engine.cuda.attention_kernels import TRITON_TYPES, attention_kernel, merge_kernel
 from shoestring.engine.cuda.launching import launch_options
 from shoestring.engine.cuda.layout import DeviceLayout, read_cache
+from shoestring.engine.cuda.rows_attention_kernel import rows_attention_kernel
 
 __all__ = ["AttentionPlan", "Workspace", "attention_twin", "tree_attention"]
 
@@ -45,6 +46,7 @@ class AttentionPlan:
     block_keys: int = 64
     min_keys: int = 128
     merge_last: bool = True
+    block_own: int = 16
     warps: int = 4
     stages: int = 3
 
@@ -187,6 +189,43 @@ def tree_attention(
             out, *views[:4], *shares[:2], plan.slots, out.stride(0), window, plan.splits, blocks,
             **constants, num_warps=plan.warps,
         )  # fmt: skip
+
+
+def rows_attention(
+    packed: Float[Tensor, "R heads*D"],
+    cosines: Float[Tensor, "P rotary_dim"],
+    table: Tensor,
+    layer: int,
+    layout: DeviceLayout,
+    plan: AttentionPlan,
+    workspace: Workspace,
+    out: Float[Tensor, "R H D"],
+    *,
+    cache_dtype: torch.dtype,
+    scale: float,
+    query_gain: Float[Tensor, " D"] | None = None,
+    key_gain: Float[Tensor, " D"] | None = None,
+    eps: float = 1e-6,
+    adds_one: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    pdl: bool = False,
+) -> None:
+    """Attend: norms of heads, rotary positions, cache writes and attention."""
+    views = (layout.cached, layout.first_row, layout.row_count, layout.is_chain, layout.table_row)
+    blocks = max(1, plan.min_keys // plan.block_keys)
+    norm = query_gain is not None
+    rows_attention_kernel[(plan.tiles, plan.kv_heads, plan.splits)](
+        packed, out, cosines, query_gain, key_gain, table, *views, layout.position, layout.ancestors,
+        workspace.values, workspace.sums, workspace.arrived,
+        plan.slots, plan.rows, packed.stride(0), out.stride(0), table.stride(0), layer, window, plan.splits, blocks,
+        scale, softcap, eps,
+        SLOTS=_power_of_two(plan.slots), GROUP=plan.group, D=plan.head_dim,
+        BLOCK_D=max(16, _power_of_two(plan.head_dim)), BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys,
+        BLOCK_R=plan.block_own, HAS_WINDOW=window > 0, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
+        ROTARY=cosines.shape[1], NORM=norm, ADDS_ONE=adds_one, num_warps=plan.warps, num_stages=plan.stages,
+        **launch_options(pdl),
+    )  # fmt: skip
 
 
 def attention_twin(

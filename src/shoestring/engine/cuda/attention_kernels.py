@@ -14,11 +14,11 @@ __all__ = ["TRITON_TYPES", "attention_kernel", "merge_kernel"]
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """The cache's types as kernels name them."""
 
-_PAGE: tl.constexpr = tl.constexpr(BLOCK_TOKENS)
+PAGE: tl.constexpr = tl.constexpr(BLOCK_TOKENS)
 
 
 @triton.jit
-def _locate(row_count, slots, tile, SLOTS: tl.constexpr, TILE_ROWS: tl.constexpr):
+def locate(row_count, slots, tile, SLOTS: tl.constexpr, TILE_ROWS: tl.constexpr):
     """The slot of a tile (`slots` or more where it has none), its first row in the tree, and all rows there are."""
     index = tl.arange(0, SLOTS)
     counts = tl.load(row_count + index, mask=index < slots, other=0)
@@ -44,7 +44,7 @@ def _shares(n, row, last, chain, window, splits, min_blocks, BLOCK_N: tl.constex
 
 
 @triton.jit
-def _load_keys(
+def load_keys(
     pages, layer, head, heads, start, key, some, wanted, d, D: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -52,16 +52,16 @@ def _load_keys(
 
     MASKED: zeros where they are not wanted.
     """
-    if key.shape[0] <= _PAGE:
-        base = tl.load(pages + start // _PAGE, mask=some, other=0)
+    if key.shape[0] <= PAGE:
+        base = tl.load(pages + start // PAGE, mask=some, other=0)
     elif MASKED:
-        base = tl.load(pages + key // _PAGE, mask=wanted, other=0)
+        base = tl.load(pages + key // PAGE, mask=wanted, other=0)
     else:
-        base = tl.load(pages + key // _PAGE)
+        base = tl.load(pages + key // PAGE)
     block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
-    offset = tl.multiple_of((layer * 2 * heads + head) * (_PAGE * D), _PAGE)
-    at = (block + key % _PAGE * D)[:, None] + (offset + d)[None, :]
-    stride = tl.multiple_of(heads * (_PAGE * D), _PAGE)
+    offset = tl.multiple_of((layer * 2 * heads + head) * (PAGE * D), PAGE)
+    at = (block + key % PAGE * D)[:, None] + (offset + d)[None, :]
+    stride = tl.multiple_of(heads * (PAGE * D), PAGE)
     if MASKED:
         mask = wanted[:, None] & (d < D)[None, :]
         return tl.load(at, mask=mask, other=0.0), tl.load(at + stride, mask=mask, other=0.0)
@@ -101,7 +101,7 @@ def _visible(
 
 
 @triton.jit
-def _attend(
+def attend(
     q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr
 ):
     """One block of keys more: the running maximum (base 2), the sum of exponentials and the weighted values."""
@@ -133,7 +133,7 @@ def _attend(
 
 
 @triton.jit
-def _merge(
+def merge(
     out, values, sums, row, head, valid, d, out_stride, heads, splits, used,
     BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +175,7 @@ def attention_kernel(
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     TILE_ROWS: tl.constexpr = BLOCK_M // GROUP
-    slot, tile_row, all_rows = _locate(row_count, slots, tile, SLOTS, TILE_ROWS)
+    slot, tile_row, all_rows = locate(row_count, slots, tile, SLOTS, TILE_ROWS)
     mine = tl.minimum(slot, slots - 1)
     n = tl.load(cached + mine)
     count = tl.load(row_count + mine)
@@ -207,7 +207,7 @@ def attention_kernel(
     visible = _visible(
         key, n, count, chain, row, valid & ~idle, bits, own_position, oldest, BLOCK_N, HAS_WINDOW
     )
-    k, v = _load_keys(
+    k, v = load_keys(
         pages, layer, head, heads, start, key, ~idle, (key < n) & ~idle, d, D, BLOCK_D, CACHE, True
     )
     if PDL:
@@ -228,11 +228,11 @@ def attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if (begin + 1) * BLOCK_N > n:
         own = (key >= n) & (key < n + count)
-        new_k, new_v = _load_keys(
+        new_k, new_v = load_keys(
             pages, layer, head, heads, start, key, True, own, d, D, BLOCK_D, CACHE, True
         )
         k, v = tl.where(own[:, None], new_k, k), tl.where(own[:, None], new_v, v)
-    top, total, acc = _attend(
+    top, total, acc = attend(
         q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True
     )
     # Below `plain` all rows see all keys (but for the window): the cache, row 0 and, in a chain, the rows before the tile.
@@ -241,19 +241,19 @@ def attention_kernel(
     for block in range(begin + 1, plain):
         start = block * BLOCK_N
         key = start + offsets
-        k, v = _load_keys(pages, layer, head, heads, start, key, True, key >= 0, d, D, BLOCK_D, CACHE, False)
+        k, v = load_keys(pages, layer, head, heads, start, key, True, key >= 0, d, D, BLOCK_D, CACHE, False)
         visible = oldest[:, None] < key[None, :]
-        top, total, acc = _attend(
+        top, total, acc = attend(
             q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, HAS_WINDOW
         )
     for block in range(plain, end):
         start = block * BLOCK_N
         key = start + offsets
-        k, v = _load_keys(
+        k, v = load_keys(
             pages, layer, head, heads, start, key, True, key < n + count, d, D, BLOCK_D, CACHE, True
         )
         visible = _visible(key, n, count, chain, row, valid, bits, own_position, oldest, BLOCK_N, HAS_WINDOW)
-        top, total, acc = _attend(
+        top, total, acc = attend(
             q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True
         )
 
@@ -268,7 +268,7 @@ def attention_kernel(
             counter = arrived + tile * heads + head
             if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
                 tl.store(counter, 0)
-                _merge(
+                merge(
                     out, values, sums, step_row, query_head, valid, d, out_stride, heads * GROUP, splits, used,
                     BLOCK_M, D, BLOCK_D,
                 )  # fmt: skip
@@ -286,7 +286,7 @@ def merge_kernel(
     """Grid (tiles, K): merge the shares that `attention_kernel` left, where there is more than one."""
     tile, head = tl.program_id(0), tl.program_id(1)
     TILE_ROWS: tl.constexpr = BLOCK_M // GROUP
-    slot, tile_row, _ = _locate(row_count, slots, tile, SLOTS, TILE_ROWS)
+    slot, tile_row, _ = locate(row_count, slots, tile, SLOTS, TILE_ROWS)
     if slot >= slots:
         return
     count = tl.load(row_count + slot)
@@ -301,7 +301,7 @@ def merge_kernel(
         valid = (m < TILE_ROWS * GROUP) & (row < count)
         step_row = tl.load(first_row + slot) + row
         query_head = head * GROUP + m % GROUP
-        _merge(
+        merge(
             out, values, sums, step_row, query_head, valid, tl.arange(0, BLOCK_D), out_stride,
             tl.num_programs(1) * GROUP, splits, used, BLOCK_M, D, BLOCK_D,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from shoestring.engine.cuda.attention import AttentionPlan, Workspace, tree_attention
+from shoestring.engine.cuda.attention import AttentionPlan, Workspace, rows_attention, tree_attention
 from shoestring.engine.cuda.cache_moves import move_rows
 from shoestring.engine.cuda.choose import MAX_TOP, Candidates, choose
 from shoestring.engine.cuda.layout import DeviceLayout, block_shape
@@ -26,6 +26,9 @@ from shoestring.engine.cuda.weights import DeviceWeight
 from shoestring.engine.native_weights import NativeConfig
 
 __all__ = ["Buffers", "Decoder", "LayerWeights"]
+
+
+FUSED = True
 
 
 @dataclass(frozen=True)
@@ -204,36 +207,57 @@ class Decoder:
             linear(
                 x, layer.qkv, packed, norm=layer.attention_norm, scaled=scaled, bias=layer.qkv_bias, **shared
             )
-            rotate_and_store(
-                packed,
-                self._tables[index],
-                table,
-                index,
-                layout,
-                query,
-                heads=heads,
-                kv_heads=kv_heads,
-                query_gain=layer.query_gain,
-                key_gain=layer.key_gain,
-                eps=config.norm_epsilon,
-                adds_one=config.norm_adds_one,
-                pdl=pdl,
-                **cache,
-            )
-            tree_attention(
-                query,
-                table,
-                index,
-                layout,
-                plan,
-                workspace,
-                attended,
-                scale=config.attention_scale,
-                window=config.windows[index],
-                softcap=config.attention_softcap,
-                pdl=pdl,
-                **cache,
-            )
+            if FUSED:
+                rows_attention(
+                    packed,
+                    self._tables[index],
+                    table,
+                    index,
+                    layout,
+                    plan,
+                    workspace,
+                    attended,
+                    scale=config.attention_scale,
+                    query_gain=layer.query_gain,
+                    key_gain=layer.key_gain,
+                    eps=config.norm_epsilon,
+                    adds_one=config.norm_adds_one,
+                    window=config.windows[index],
+                    softcap=config.attention_softcap,
+                    pdl=pdl,
+                    **cache,
+                )
+            else:
+                rotate_and_store(
+                    packed,
+                    self._tables[index],
+                    table,
+                    index,
+                    layout,
+                    query,
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    query_gain=layer.query_gain,
+                    key_gain=layer.key_gain,
+                    eps=config.norm_epsilon,
+                    adds_one=config.norm_adds_one,
+                    pdl=pdl,
+                    **cache,
+                )
+                tree_attention(
+                    query,
+                    table,
+                    index,
+                    layout,
+                    plan,
+                    workspace,
+                    attended,
+                    scale=config.attention_scale,
+                    window=config.windows[index],
+                    softcap=config.attention_softcap,
+                    pdl=pdl,
+                    **cache,
+                )
             flat = attended.flatten(1)
             if layer.post_attention_norm is None:
                 scaled = linear(
