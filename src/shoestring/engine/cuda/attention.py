@@ -47,6 +47,7 @@ class AttentionPlan:
     min_keys: int = 128
     merge_last: bool = True
     block_own: int = 16
+    own_apart: bool = False
     warps: int = 4
     stages: int = 3
 
@@ -99,7 +100,8 @@ class AttentionPlan:
         } | settings
         if "splits" not in plan:
             tiles = cls(slots, rows, heads, kv_heads, head_dim, block_rows=plan["block_rows"]).tiles
-            plan["splits"] = max(1, min(32, 2 * processors // (tiles * kv_heads)))
+            together = processors * (1 if plan["warps"] > 4 else 2)
+            plan["splits"] = max(2 if plan.get("own_apart") else 1, min(32, together // (tiles * kv_heads)))
         return cls(slots, rows, heads, kv_heads, head_dim, **plan)
 
     @property
@@ -223,7 +225,7 @@ def rows_attention(
         SLOTS=_power_of_two(plan.slots), GROUP=plan.group, D=plan.head_dim,
         BLOCK_D=max(16, _power_of_two(plan.head_dim)), BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys,
         BLOCK_R=plan.block_own, HAS_WINDOW=window > 0, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
-        ROTARY=cosines.shape[1], NORM=norm, ADDS_ONE=adds_one, num_warps=plan.warps, num_stages=plan.stages,
+        ROTARY=cosines.shape[1], NORM=norm, ADDS_ONE=adds_one, APART=plan.own_apart, num_warps=plan.warps, num_stages=plan.stages,
         **launch_options(pdl),
     )  # fmt: skip
 

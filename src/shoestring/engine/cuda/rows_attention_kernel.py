@@ -64,10 +64,10 @@ def rows_attention_kernel(
     slots, rows, packed_stride, out_stride, table_stride, layer, window, splits, min_blocks, scale, softcap, eps,
     SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, HAS_WINDOW: tl.constexpr, CACHE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr, APART: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (tiles, K, splits): shares of the cached keys; the last share also has the step's own."""
+    """Grid (tiles, K, splits): shares of the cached keys, the last of which also has the step's own, or (APART) these alone."""
     if PDL:
         gdc_launch_dependents()
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -86,11 +86,18 @@ def rows_attention_kernel(
     begin = 0
     if HAS_WINDOW:
         begin = tl.minimum(tl.maximum(n + tl.where(chain, tile_row, 0) - window + 1, 0) // BLOCK_N, end)
-    share = tl.maximum((end - begin + splits - 1) // splits, min_blocks)
-    used = tl.maximum((end - begin + share - 1) // share, 1)
+    most = splits - 1 if APART else splits
+    share = tl.maximum((end - begin + most - 1) // most, min_blocks)
+    used = (end - begin + share - 1) // share
+    if APART:
+        used += 1
+    else:
+        used = tl.maximum(used, 1)
     idle = (slot >= slots) | (split >= used)
+    if idle & (split > 0):
+        return  # without the wait: others of this launch take it
     owns = (split == used - 1) & ~idle
-    begin += split * share
+    begin = tl.minimum(begin + split * share, end)
     end = tl.minimum(begin + share, end)
 
     m = tl.arange(0, BLOCK_M)
@@ -106,10 +113,9 @@ def rows_attention_kernel(
     offsets = tl.arange(0, BLOCK_N)
     start = begin * BLOCK_N
     key = start + offsets
-    cached_key = (key < n) & ~idle
-    k, v = load_keys(
-        pages, layer, head, heads, start, key, (start < n) & ~idle, cached_key, d, D, BLOCK_D, CACHE, True
-    )
+    cached_key = (key < n) & (begin < end) & ~idle
+    some = (begin < end) & ~idle
+    k, v = load_keys(pages, layer, head, heads, start, key, some, cached_key, d, D, BLOCK_D, CACHE, True)
     cos, sin = _angles(cosines, at_position, valid, d, ROTARY)
     gain, pair_gain = _gains(query_gain, d, pair, D, NORM, ADDS_ONE)
     r = tl.arange(0, BLOCK_R)
@@ -143,12 +149,13 @@ def rows_attention_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    visible = tl.broadcast_to(cached_key[None, :], [BLOCK_M, BLOCK_N])
-    if HAS_WINDOW:
-        visible = visible & (oldest[:, None] < key[None, :])
-    top, total, acc = attend(
-        q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True
-    )
+    if some:
+        visible = tl.broadcast_to(cached_key[None, :], [BLOCK_M, BLOCK_N])
+        if HAS_WINDOW:
+            visible = visible & (oldest[:, None] < key[None, :])
+        top, total, acc = attend(
+            q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True
+        )
     for block in range(begin + 1, end):
         start = block * BLOCK_N
         key = start + offsets
