@@ -1,6 +1,7 @@
 """Rotary positions and cache writes, cache moves, and the layout that they read."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from shoestring.engine.cuda.layout import (
     block_table,
     read_cache,
 )
-from shoestring.engine.cuda.rotary import rotary_table, rotary_twin, rotate_and_store
+from shoestring.engine.cuda.rotary import Turning, rotary_table, rotary_twin, rotate_and_store
 from shoestring.engine.sampling import SamplingOptions, noise_keys
 from shoestring.engine.tokentree import NO_TOKEN, TokenTree
 from shoestring.errors import RequestError
@@ -150,37 +151,28 @@ def test_rotary_writes_queries_and_cache(head_dim: int, rotary_dim: int, gains: 
     heads, kv_heads = 6, 2
     layout, _ = layout_of()
     packed = torch.randn(16, (heads + 2 * kv_heads) * head_dim, device=DEVICE)
-    table = rotary_table(1e4 ** -(torch.arange(0, rotary_dim, 2, device=DEVICE) / rotary_dim), 128)
-    options: dict[str, object] = {"heads": heads, "kv_heads": kv_heads, "adds_one": adds_one}
-    if gains:
-        options |= {
-            "query_gain": torch.randn(head_dim, device=DEVICE), "key_gain": torch.randn(head_dim, device=DEVICE)
-        }  # fmt: skip
+    cosines = rotary_table(1e4 ** -(torch.arange(0, rotary_dim, 2, device=DEVICE) / rotary_dim), 128)
+    norms = [torch.randn(head_dim, device=DEVICE) for _ in range(2)] if gains else [None, None]
+    turning = Turning(cosines, *norms, adds_one=adds_one)
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     results = []
-    for kind in ("kernel", "in place", "twin", "exact"):
+    for kind in ("kernel", "twin", "exact"):
         dtype = torch.float64 if kind == "exact" else torch.float32
         blocks = [
             [torch.zeros(block_shape(3, kv_heads, head_dim), dtype=dtype, device=DEVICE) for _ in range(2)]
             for _ in range(2)
         ]
         rows = packed.to(dtype).clone()
-        query = rows.unflatten(1, (-1, head_dim))[:, :heads]
         if kind == "kernel":
-            query = torch.zeros(16, heads, head_dim, device=DEVICE)
-        if kind in ("kernel", "in place"):
             addresses = block_table(blocks, 2, DEVICE)
-            rotate_and_store(rows, table, addresses, 1, layout, query, cache_dtype=dtype, **options)
+            rotate_and_store(rows, turning, addresses, 1, layout, cache_dtype=dtype, **shape)
+            assert torch.equal(rows[14:], packed[14:]), "padding is left alone"
         else:
-            rotary_twin(rows, table.to(dtype), blocks, 1, layout, query, **options)
+            rotary_twin(rows, replace(turning, cosines=cosines.to(dtype)), blocks, 1, layout, **shape)
         results.append(
-            torch.cat([query[:14].flatten(), *(block.flatten() for row in blocks for block in row)]).double()
+            torch.cat([rows[:14].flatten(), *(block.flatten() for row in blocks for block in row)]).double()
         )
-        if kind == "in place":
-            assert torch.equal(query[14:], packed.unflatten(1, (-1, head_dim))[14:, :heads]), (
-                "padding is left alone"
-            )
-    kernel, in_place, twin, exact = results
-    assert torch.equal(kernel, in_place)
+    kernel, twin, exact = results
     assert (kernel - exact).abs().max() <= max(2 * (twin - exact).abs().max(), 1e-6)
     key, _ = read_cache(blocks[0], 1, 71)
     assert key[:, :60].abs().max() == 0

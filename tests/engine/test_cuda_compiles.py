@@ -9,33 +9,37 @@ import pytest
 
 ATTENTION = """
 import torch
+from compiled_launches import resources
 from compiled_triton import compile_for_h100
 from shoestring.engine.cuda.attention import AttentionPlan, _power_of_two
-from shoestring.engine.cuda.attention_kernels import TRITON_TYPES, attention_kernel, merge_kernel
+from shoestring.engine.cuda.attention_kernels import TRITON_TYPES, attention_kernel
 
-def attention(plan, dtype, window=False, softcap=False):
+def attention(plan, dtype, window=False, softcap=False, norm=False):
     kind = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    shared = dict(
-        SLOTS=_power_of_two(plan.slots), GROUP=plan.group, D=plan.head_dim, BLOCK_D=_power_of_two(plan.head_dim),
-        BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys, HAS_WINDOW=window,
-    )
     code = compile_for_h100(
         attention_kernel,
-        f"*{kind} *{kind} *i64 " + "*i32 " * 7 + "*fp32 *fp32 *i32 i32 i32 i32! i32! " + "i32 " * 5 + "fp32 fp32",
-        shared | dict(CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, MERGE_LAST=plan.merge_last, PDL=True),
+        f"*{kind} *{kind} *fp32 *{kind} *{kind} *i64 " + "*i32 " * 7 + "*fp32 *fp32 *i32 i32 i32 i32! i32! " + "i32 " * 5
+        + "fp32 fp32 fp32",
+        dict(
+            SLOTS=_power_of_two(plan.slots), GROUP=plan.group, D=plan.head_dim, BLOCK_D=_power_of_two(plan.head_dim),
+            BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys, BLOCK_R=plan.block_own, HAS_WINDOW=window,
+            CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, TURNS=plan.turns, NORM=norm,
+            ADDS_ONE=norm, PDL=True,
+        ),
         warps=plan.warps, stages=plan.stages,
     )
+    _, spilled = resources(code["cubin"])
+    assert not spilled or spilled <= 16, (plan, dtype, spilled)
     ptx = code["ptx"]
     assert "cp.async.cg.shared.global" in ptx and "ld.global.b16" not in ptx
     assert ("mma.sync" in ptx or "wgmma.mma_async" in ptx) == (dtype != torch.float32)
-    compile_for_h100(
-        merge_kernel, f"*{kind} *i32 *i32 *i32 *i32 *fp32 *fp32 i32 i32! i32 i32 i32", shared, warps=plan.warps
-    )
 
 choose = AttentionPlan.choose
 attention(choose(1, 1, 9, 3, 64, torch.bfloat16), torch.bfloat16)
 attention(choose(8, 64, 32, 8, 128, torch.bfloat16), torch.bfloat16)
-attention(choose(1, 512, 32, 32, 80, torch.bfloat16, merge_last=False), torch.bfloat16)
+attention(choose(1, 512, 32, 32, 80, torch.bfloat16), torch.bfloat16)
+attention(choose(1, 64, 9, 3, 64, torch.bfloat16), torch.bfloat16)
+attention(choose(1, 16, 16, 8, 128, torch.bfloat16), torch.bfloat16, norm=True)
 attention(choose(1, 1, 8, 4, 64, torch.float16), torch.float16, window=True, softcap=True)
 attention(choose(1, 16, 9, 3, 64, torch.float32), torch.float32)
 """
@@ -51,7 +55,7 @@ for kind, dtype in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
     for D, rotary, norm in ((80, 32, False), (256, 256, True)):
         compile_for_h100(
             rotary_kernel,
-            f"*{kind} *fp32 *i64 *{kind} *{kind} *{kind} *i32 *i32 *i32 *i32 *i32 i32! i32! i32 i32 i32 i32 fp32",
+            f"*{kind} *fp32 *i64 *{kind} *{kind} *i32 *i32 *i32 *i32 *i32 i32! i32 i32 i32 i32 fp32",
             dict(
                 D=D, BLOCK_D=128 if D == 80 else D, ROTARY=rotary, BLOCK_H=4, CACHE=dtype, NORM=norm, ADDS_ONE=norm,
                 PDL=True,

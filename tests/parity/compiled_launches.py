@@ -103,7 +103,7 @@ def compile_launch(launch: Launch) -> Compiled:
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", 90, 32), options=options,
     )  # fmt: skip
-    registers, spilled = _resources(compiled.asm["cubin"])
+    registers, spilled = resources(compiled.asm["cubin"])
     return Compiled(launch, compiled.asm["ptx"], compiled.metadata.shared, registers, spilled)
 
 
@@ -126,7 +126,7 @@ def _weight(problem: Problem) -> DeviceWeight:
     return DeviceWeight("dense", outputs, inputs, dtype, _meta(outputs, inputs, dtype=dtype))
 
 
-def _resources(cubin: bytes) -> tuple[int | None, int | None]:
+def resources(cubin: bytes) -> tuple[int | None, int | None]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,9 +1,10 @@
 """Tree attention over the paged cache, split over keys: each row sees its slot's cached keys and its own ancestors.
 
-A program takes one slot's tile of rows x one key-value head's query heads and a share of the keys (flash-decoding), so keys
-and values are read once for all the heads that share them. Shares are merged by log-sum-exp, in their order, by the
-program that arrives last or by a second kernel. Lengths are read on the device: the grid of a bucket never changes, and
-programs beyond a slot's length leave at once.
+A program takes one slot's tile of rows x one key-value head's query heads and a share of the cached keys (flash-decoding),
+so keys and values are read once for all the heads that share them. The last share also has the step's own rows, whose keys
+and values are taken from their projections; in small steps these are normalised, turned to their positions and cached on
+the way. Shares are merged by log-sum-exp, in their order, by the program that arrives last. Lengths are read on the device:
+the grid of a bucket never changes, and programs beyond a slot's length leave at once.
 """
 
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shoestring.engine.cuda.attention_kernels import TRITON_TYPES, attention_kernel, merge_kernel
+from shoestring.engine.cuda.attention_kernels import TRITON_TYPES, attention_kernel
 from shoestring.engine.cuda.launching import launch_options
 from shoestring.engine.cuda.layout import DeviceLayout, read_cache
-from shoestring.engine.cuda.rows_attention_kernel import rows_attention_kernel
+from shoestring.engine.cuda.rotary import Turning, rotate_and_store
 
 __all__ = ["AttentionPlan", "Workspace", "attention_twin", "tree_attention"]
 
@@ -31,9 +32,11 @@ class AttentionPlan:
         heads, kv_heads, head_dim: the model's H, K and D.
         splits: shares of the keys at most; 1 needs no merge.
         block_rows: rows x heads of a tile (a power of two, at least 16 and H / K).
-        block_keys: keys of a tile, 16 to 256.
+        block_keys: cached keys of a tile, 16 to 256.
+        block_own: own keys of a tile, 16 or 32.
         min_keys: a share is not made smaller than this.
-        merge_last: the program that arrives last merges; else a second kernel does.
+        turns: attention itself normalises, turns and caches the step's keys; else a kernel in front does. Every tile turns
+            the keys that it sees, so this pays where tiles are few. Only of heads that turn as a whole.
     """
 
     slots: int
@@ -45,9 +48,8 @@ class AttentionPlan:
     block_rows: int = 16
     block_keys: int = 64
     min_keys: int = 128
-    merge_last: bool = True
     block_own: int = 16
-    own_apart: bool = False
+    turns: bool = True
     warps: int = 4
     stages: int = 3
 
@@ -83,9 +85,8 @@ class AttentionPlan:
             block_keys, min_keys = 32 if block_rows * head_dim <= 2048 else 16, 128
             warps, stages = 8, 1 if head_dim > 128 else 2
         elif block_rows * head_dim <= 1024:
-            # A program's time goes by its instructions: one large block, or small shares, each by many warps.
-            block_keys, min_keys = (64, 64) if rows == 1 else (256, 256) if rows <= 32 else (64, 128)
-            warps, stages = 8, 1 if block_keys == 256 else 3
+            # A program's time goes by its instructions: one large block, by many warps, most often needs no merge.
+            block_keys, min_keys, warps, stages = 256, 256, 8, 1
         else:
             block_keys, min_keys = 64, 128
             warps = 8 if block_rows * head_dim >= 8192 or head_dim > 128 else 4
@@ -94,14 +95,17 @@ class AttentionPlan:
         plan = {
             "block_rows": block_rows,
             "block_keys": block_keys,
+            "block_own": 16 if rows <= 16 or wide else 32,
+            "turns": rows <= 16 or block_rows * head_dim <= 1024,
             "min_keys": min_keys,
             "warps": warps,
             "stages": stages,
         } | settings
         if "splits" not in plan:
             tiles = cls(slots, rows, heads, kv_heads, head_dim, block_rows=plan["block_rows"]).tiles
+            # Programs of eight warps have a multiprocessor's registers to themselves: more would wait for these to end.
             together = processors * (1 if plan["warps"] > 4 else 2)
-            plan["splits"] = max(2 if plan.get("own_apart") else 1, min(32, together // (tiles * kv_heads)))
+            plan["splits"] = max(1, min(32, together // (tiles * kv_heads)))
         return cls(slots, rows, heads, kv_heads, head_dim, **plan)
 
     @property
@@ -148,7 +152,8 @@ class Workspace:
 
 
 def tree_attention(
-    query: Float[Tensor, "R H D"],
+    packed: Float[Tensor, "R heads*D"],
+    turning: Turning,
     table: Tensor,
     layer: int,
     layout: DeviceLayout,
@@ -162,70 +167,34 @@ def tree_attention(
     softcap: float = 0.0,
     pdl: bool = False,
 ) -> None:
-    """Write the rows' attention into `out`; padded rows become zeros.
+    """Write the rows' attention into `out`, and their keys and values into the cache; padded rows become zeros.
 
     Args:
-        query: rotated queries; rows may be strided, heads and D are dense. `out` likewise.
-        table: addresses [slots, blocks] int64 of cache blocks in `cache_dtype`; the step's own keys are in them.
+        packed: the rows' projections, `[q heads, k heads, v heads] x D`, biases added; rows may be strided. What they
+            hold afterwards is of no use.
+        turning: what becomes of queries and keys before they meet.
+        table: addresses [slots, blocks] int64 of cache blocks in `cache_dtype`, with room for the step's own keys.
+        out: rows may be strided, heads and D are dense.
         window: a row sees only keys at positions above its own minus this; 0: all.
         softcap: scores become softcap * tanh(score / softcap); 0: as they are.
         pdl: start before the kernel in front has ended (Hopper).
     """
-    views = (layout.cached, layout.first_row, layout.row_count, layout.is_chain, layout.table_row)
-    constants = {
-        "SLOTS": _power_of_two(plan.slots), "GROUP": plan.group, "D": plan.head_dim,
-        "BLOCK_D": max(16, _power_of_two(plan.head_dim)), "BLOCK_M": plan.block_rows, "BLOCK_N": plan.block_keys,
-        "HAS_WINDOW": window > 0,
-    }  # fmt: skip
-    shares = (workspace.values, workspace.sums, workspace.arrived)
-    sizes = (plan.slots, plan.rows, query.stride(0), out.stride(0), table.stride(0))
-    blocks = max(1, plan.min_keys // plan.block_keys)
-    attention_kernel[(plan.tiles, plan.kv_heads, plan.splits)](
-        query, out, table, *views, layout.position, layout.ancestors, *shares, *sizes, layer, window, plan.splits, blocks,
-        scale, softcap, **constants, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
-        MERGE_LAST=plan.merge_last, num_warps=plan.warps, num_stages=plan.stages,
-        **launch_options(pdl),
-    )  # fmt: skip
-    if plan.splits > 1 and not plan.merge_last:
-        merge_kernel[(plan.tiles, plan.kv_heads)](
-            out, *views[:4], *shares[:2], plan.slots, out.stride(0), window, plan.splits, blocks,
-            **constants, num_warps=plan.warps,
+    turns = plan.turns and turning.cosines.shape[1] == plan.head_dim == _power_of_two(plan.head_dim)
+    if not turns:
+        rotate_and_store(
+            packed, turning, table, layer, layout, heads=plan.heads, kv_heads=plan.kv_heads, head_dim=plan.head_dim,
+            cache_dtype=cache_dtype, pdl=pdl,
         )  # fmt: skip
-
-
-def rows_attention(
-    packed: Float[Tensor, "R heads*D"],
-    cosines: Float[Tensor, "P rotary_dim"],
-    table: Tensor,
-    layer: int,
-    layout: DeviceLayout,
-    plan: AttentionPlan,
-    workspace: Workspace,
-    out: Float[Tensor, "R H D"],
-    *,
-    cache_dtype: torch.dtype,
-    scale: float,
-    query_gain: Float[Tensor, " D"] | None = None,
-    key_gain: Float[Tensor, " D"] | None = None,
-    eps: float = 1e-6,
-    adds_one: bool = False,
-    window: int = 0,
-    softcap: float = 0.0,
-    pdl: bool = False,
-) -> None:
-    """Attend: norms of heads, rotary positions, cache writes and attention."""
-    views = (layout.cached, layout.first_row, layout.row_count, layout.is_chain, layout.table_row)
-    blocks = max(1, plan.min_keys // plan.block_keys)
-    norm = query_gain is not None
-    rows_attention_kernel[(plan.tiles, plan.kv_heads, plan.splits)](
-        packed, out, cosines, query_gain, key_gain, table, *views, layout.position, layout.ancestors,
-        workspace.values, workspace.sums, workspace.arrived,
-        plan.slots, plan.rows, packed.stride(0), out.stride(0), table.stride(0), layer, window, plan.splits, blocks,
-        scale, softcap, eps,
+    attention_kernel[(plan.tiles, plan.kv_heads, plan.splits)](
+        packed, out, turning.cosines, turning.query_gain, turning.key_gain, table,
+        layout.cached, layout.first_row, layout.row_count, layout.is_chain, layout.table_row, layout.position,
+        layout.ancestors, workspace.values, workspace.sums, workspace.arrived,
+        plan.slots, plan.rows, packed.stride(0), out.stride(0), table.stride(0), layer, window, plan.splits,
+        max(1, plan.min_keys // plan.block_keys), scale, softcap, turning.epsilon,
         SLOTS=_power_of_two(plan.slots), GROUP=plan.group, D=plan.head_dim,
         BLOCK_D=max(16, _power_of_two(plan.head_dim)), BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys,
         BLOCK_R=plan.block_own, HAS_WINDOW=window > 0, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
-        ROTARY=cosines.shape[1], NORM=norm, ADDS_ONE=adds_one, APART=plan.own_apart, num_warps=plan.warps, num_stages=plan.stages,
+        TURNS=turns, NORM=turning.norms, ADDS_ONE=turning.adds_one, num_warps=plan.warps, num_stages=plan.stages,
         **launch_options(pdl),
     )  # fmt: skip
 

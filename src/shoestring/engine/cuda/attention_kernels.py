@@ -1,4 +1,8 @@
-"""The kernels of tree attention; `shoestring.engine.cuda.attention` says what they compute and how the work is cut."""
+"""The kernel of tree attention; `shoestring.engine.cuda.attention` says what it computes and how the work is cut.
+
+Its rows' keys and values come from their projections, those before them from the cache. TURNS: head norms, rotary positions
+and cache writes are done on the way. Each would take a launch of its own, and small models wait for launches.
+"""
 # ruff: noqa: N803, N806
 # mypy: disable-error-code="no-untyped-def"
 
@@ -9,16 +13,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shoestring.engine.cuda.layout import BLOCK_TOKENS
 
-__all__ = ["TRITON_TYPES", "attention_kernel", "merge_kernel"]
+__all__ = ["TRITON_TYPES", "attention_kernel"]
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """The cache's types as kernels name them."""
 
-PAGE: tl.constexpr = tl.constexpr(BLOCK_TOKENS)
+_PAGE: tl.constexpr = tl.constexpr(BLOCK_TOKENS)
 
 
 @triton.jit
-def locate(row_count, slots, tile, SLOTS: tl.constexpr, TILE_ROWS: tl.constexpr):
+def _locate(row_count, slots, tile, SLOTS: tl.constexpr, TILE_ROWS: tl.constexpr):
     """The slot of a tile (`slots` or more where it has none), its first row in the tree, and all rows there are."""
     index = tl.arange(0, SLOTS)
     counts = tl.load(row_count + index, mask=index < slots, other=0)
@@ -33,82 +37,55 @@ def locate(row_count, slots, tile, SLOTS: tl.constexpr, TILE_ROWS: tl.constexpr)
 
 
 @triton.jit
-def _shares(n, row, last, chain, window, splits, min_blocks, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """A tile's first and last block of keys, blocks per share, shares."""
-    begin = 0
-    if HAS_WINDOW:
-        begin = tl.maximum(n + tl.where(chain, row, 0) - window + 1, 0) // BLOCK_N
-    end = (n + last + BLOCK_N - 1) // BLOCK_N
-    share = tl.maximum((end - begin + splits - 1) // splits, min_blocks)
-    return begin, end, share, (end - begin + share - 1) // share
-
-
-@triton.jit
-def load_keys(
-    pages, layer, head, heads, start, key, some, wanted, d, D: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
-    MASKED: tl.constexpr,
+def _load_keys(
+    pages, layer, head, heads, start, key, some, wanted, d, part, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    CACHE: tl.constexpr, TURNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [N, D] at the positions `key`, from `start` on; none are read unless there are some.
-
-    MASKED: zeros where they are not wanted.
-    """
-    if key.shape[0] <= PAGE:
-        base = tl.load(pages + start // PAGE, mask=some, other=0)
-    elif MASKED:
-        base = tl.load(pages + key // PAGE, mask=wanted, other=0)
-    else:
-        base = tl.load(pages + key // PAGE)
-    block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
-    offset = tl.multiple_of((layer * 2 * heads + head) * (PAGE * D), PAGE)
-    at = (block + key % PAGE * D)[:, None] + (offset + d)[None, :]
-    stride = tl.multiple_of(heads * (PAGE * D), PAGE)
-    if MASKED:
-        mask = wanted[:, None] & (d < D)[None, :]
-        return tl.load(at, mask=mask, other=0.0), tl.load(at + stride, mask=mask, other=0.0)
-    if D < BLOCK_D:
-        mask = (d < D)[None, :]
-        return tl.load(at, mask=mask, other=0.0), tl.load(at + stride, mask=mask, other=0.0)
-    return tl.load(at), tl.load(at + stride)
-
-
-@triton.jit
-def _visible(
-    key, n, count, chain, row, valid, bits, position, oldest, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr
-):
-    """Which keys [N] the rows [M] see: the cache, their own ancestors and themselves, none before the window.
+    """Keys (in halves, TURNS) and values [N, D] at the positions `key`, from `start` on; none are read unless there are some.
 
     Args:
-        bits: where each row's ancestors lie, 256 bits.
-        position: the positions of the tree's rows.
-        oldest: the position behind which a row's window begins.
+        part: a key's numbers, or those of its first half.
+        MASKED: zeros where they are not wanted.
     """
-    own = key - n
-    in_tree = (own >= 0) & (own < count)
-    # A block of keys touches so many of the eight words at most.
-    MOST: tl.constexpr = min(8, BLOCK_N // 32 + 1) if BLOCK_N >= 32 else 2
-    first = tl.maximum(tl.min(own, 0), 0) // 32
-    words = tl.zeros([row.shape[0], BLOCK_N], tl.int32)
-    for word in tl.static_range(MOST):
-        found = tl.load(bits + first + word, mask=valid & ~chain & (first + word < 8), other=0)
-        words = tl.where((own // 32 == first + word)[None, :], found[:, None], words)
-    visible = (((words >> (own & 31)[None, :]) & 1) != 0) & (in_tree & ~chain)[None, :]
-    visible = visible | (own < 0)[None, :] | (chain & in_tree[None, :] & (own[None, :] <= row[:, None]))
-    if HAS_WINDOW:
-        at_position = tl.load(position + own, mask=in_tree & ~chain, other=0)
-        at_position = tl.where(in_tree & ~chain, at_position, key)
-        visible = visible & (oldest[:, None] < at_position[None, :])
-    return visible
+    if key.shape[0] <= _PAGE:
+        base = tl.load(pages + start // _PAGE, mask=some, other=0)
+    elif MASKED:
+        base = tl.load(pages + key // _PAGE, mask=wanted, other=0)
+    else:
+        base = tl.load(pages + key // _PAGE)
+    block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
+    offset = tl.multiple_of((layer * 2 * heads + head) * (_PAGE * D), _PAGE)
+    first = (block + key % _PAGE * D)[:, None] + offset
+    values = first + tl.multiple_of(heads * (_PAGE * D), _PAGE) + d[None, :]
+    keys = first + part[None, :]
+    if MASKED or D < BLOCK_D:
+        mask, value_mask = (part < D)[None, :], (d < D)[None, :]
+        if MASKED:
+            mask, value_mask = wanted[:, None] & mask, wanted[:, None] & value_mask
+        k = tl.load(keys, mask=mask, other=0.0)
+        second = k
+        if TURNS:
+            second = tl.load(keys + D // 2, mask=mask, other=0.0)
+        v = tl.load(values, mask=value_mask, other=0.0)
+    else:
+        k = tl.load(keys)
+        second = k
+        if TURNS:
+            second = tl.load(keys + D // 2)
+        v = tl.load(values)
+    return k, second, v
 
 
 @triton.jit
-def attend(
-    q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr
-):
+def _attend(
+    q, second_q, k, second_k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP: tl.constexpr,
+    TURNS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One block of keys more: the running maximum (base 2), the sum of exponentials and the weighted values."""
-    if q.dtype == tl.float32:
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    else:
-        scores = tl.dot(q, tl.trans(k))
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+    if TURNS:
+        scores = tl.dot(second_q, tl.trans(second_k.to(q.dtype)), scores, input_precision="ieee")
+    v = v.to(q.dtype)
     if HAS_SOFTCAP:
         capped = 1 - 2 / (tl.exp(scores * (2 * scale / softcap)) + 1)  # tanh
         scores = capped * (softcap * 1.4426950408889634)
@@ -125,15 +102,11 @@ def attend(
     shrink = tl.exp2(top - pivot)
     total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
-    if q.dtype == tl.float32:
-        acc = tl.dot(weights, v, acc, input_precision="ieee")
-    else:
-        acc = tl.dot(weights.to(v.dtype), v, acc)
-    return higher, total, acc
+    return higher, total, tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
 
 @triton.jit
-def merge(
+def _merge(
     out, values, sums, row, head, valid, d, out_stride, heads, splits, used,
     BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -161,55 +134,144 @@ def merge(
     tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _angles(cosines, position, inside, half, HALF: tl.constexpr):
+    """Cosines and sines [rows, D / 2] at the rows' positions."""
+    at = cosines + position.to(tl.int64)[:, None] * (2 * HALF) + half[None, :]
+    return tl.load(at, mask=inside[:, None], other=0.0), tl.load(at + HALF, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def _gains(gain, half, HALF: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr):
+    """A head norm's gain, in halves."""
+    first, second = half.to(tl.float32), half.to(tl.float32)
+    if NORM:
+        first, second = tl.load(gain + half).to(tl.float32), tl.load(gain + HALF + half).to(tl.float32)
+        if ADDS_ONE:
+            first, second = first + 1.0, second + 1.0
+    return first, second
+
+
+@triton.jit
+def _turned(first, second, cos, sin, gain, second_gain, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+    """Heads [rows, D] in halves, normalised where the model does, at their positions, in float32."""
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    if NORM:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        scale = tl.math.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        first, second = first * scale * gain[None, :], second * scale * second_gain[None, :]
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _load_own(at, own, d, part, heads, D: tl.constexpr, TURNS: tl.constexpr):
+    """Keys (in halves, TURNS) and values of the step's own rows [N, D]; `at`: where the rows' keys lie [N, 1]."""
+    mask = own[:, None] & (part < D)[None, :]
+    k = tl.load(at + part[None, :], mask=mask, other=0.0)
+    second = k
+    if TURNS:
+        second = tl.load(at + D // 2 + part[None, :], mask=mask, other=0.0)
+    return k, second, tl.load(at + heads * D + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_own(
+    pages, k, second_k, v, layer, head, heads, place, inside, d, half, D: tl.constexpr, CACHE: tl.constexpr
+):
+    """Put keys, in halves, and values into the cache, at the storage positions `place`."""
+    base = tl.load(pages + place // _PAGE, mask=inside, other=0)
+    block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
+    plane = tl.multiple_of((layer * 2 * heads + head) * (_PAGE * D), _PAGE)
+    at = (block + place % _PAGE * D)[:, None] + plane
+    tl.store(at + half[None, :], k, mask=inside[:, None])
+    tl.store(at + D // 2 + half[None, :], second_k, mask=inside[:, None])
+    tl.store(at + heads * (_PAGE * D) + d[None, :], v.to(CACHE), mask=inside[:, None])
+
+
+@triton.jit
+def _seen(r, last, chain, row, words, position, oldest, HAS_WINDOW: tl.constexpr):
+    """Which of the step's own rows r [N] the rows [M] see: their ancestors and themselves, none before the window.
+
+    Args:
+        words: each row's ancestors, of the 32 rows that the rows r are among.
+        position: the positions of the rows r.
+        oldest: the position behind which a row's window begins.
+    """
+    bits = ((words[:, None] >> (r & 31)[None, :]) & 1) != 0
+    seen = tl.where(chain, r[None, :] <= row[:, None], bits) & (r < last)[None, :]
+    if HAS_WINDOW:
+        seen = seen & (oldest[:, None] < position[None, :])
+    return seen
+
+
 @triton.jit(do_not_specialize=["slots", "rows", "table_stride", "layer", "window", "splits", "min_blocks"])
 def attention_kernel(
-    query, out, table, cached, first_row, row_count, is_chain, table_row, position, ancestors, values, sums, arrived,
-    slots, rows, query_stride, out_stride, table_stride, layer, window, splits, min_blocks, scale, softcap,
+    packed, out, cosines, query_gain, key_gain, table, cached, first_row, row_count, is_chain, table_row, position,
+    ancestors, values, sums, arrived,
+    slots, rows, packed_stride, out_stride, table_stride, layer, window, splits, min_blocks, scale, softcap, eps,
     SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, CACHE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    MERGE_LAST: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, HAS_WINDOW: tl.constexpr, CACHE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, TURNS: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (tiles, K, splits): see `tree_attention`."""
+    """Grid (tiles, K, splits): see `tree_attention`. The last share of the cached keys also has the step's own."""
     if PDL:
         gdc_launch_dependents()
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     TILE_ROWS: tl.constexpr = BLOCK_M // GROUP
-    slot, tile_row, all_rows = locate(row_count, slots, tile, SLOTS, TILE_ROWS)
+    slot, tile_row, all_rows = _locate(row_count, slots, tile, SLOTS, TILE_ROWS)
     mine = tl.minimum(slot, slots - 1)
     n = tl.load(cached + mine)
     count = tl.load(row_count + mine)
     first = tl.load(first_row + mine)
     chain = tl.load(is_chain + mine) != 0
     pages = table + tl.load(table_row + mine).to(tl.int64) * table_stride
-    last = tl.minimum(tile_row + TILE_ROWS, count)
-    begin, end, share, used = _shares(
-        n, tile_row, last, chain, window, splits, min_blocks, BLOCK_N, HAS_WINDOW
-    )
+    last = tl.minimum(
+        tile_row + TILE_ROWS, count
+    )  # a parent comes before its row: none sees what lies behind the tile
+    end = (n + BLOCK_N - 1) // BLOCK_N
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.minimum(tl.maximum(n + tl.where(chain, tile_row, 0) - window + 1, 0) // BLOCK_N, end)
+    share = tl.maximum((end - begin + splits - 1) // splits, min_blocks)
+    used = tl.maximum((end - begin + share - 1) // share, 1)
+    idle = (slot >= slots) | (split >= used)
+    if idle & (split > 0):
+        return  # without a wait: the others of the launch take it
+    owns = (split == used - 1) & ~idle
+    begin = tl.minimum(begin + split * share, end)
+    end = tl.minimum(begin + share, end)
+
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
+    HALF: tl.constexpr = D // 2
+    part = tl.arange(0, HALF if TURNS else BLOCK_D)  # a query's or key's numbers, or those of its first half
     query_head = head * GROUP + m % GROUP
     row = tile_row + m // GROUP
     valid = (m < TILE_ROWS * GROUP) & (row < count) & (slot < slots)
     step_row = first + row
-    if HAS_WINDOW:
-        oldest = tl.load(position + step_row, mask=valid, other=0) - window
-    else:
-        oldest = row
-    begin += split * share
-    end = tl.minimum(begin + share, end)
-    idle = (slot >= slots) | (split >= used)
-    offsets = tl.arange(0, BLOCK_N)
-    bits, own_position = ancestors + step_row * 8, position + first
-    # Before the wait is the layout, which is as old as the step, and the first block's keys that are older.
+    # Before the wait is the layout, which is as old as the step, and the first block's keys, which are older.
+    some = (begin < end) & ~idle
     start = begin * BLOCK_N
+    offsets = tl.arange(0, BLOCK_N)
     key = start + offsets
-    visible = _visible(
-        key, n, count, chain, row, valid & ~idle, bits, own_position, oldest, BLOCK_N, HAS_WINDOW
+    wanted = (key < n) & some
+    k, second_k, v = _load_keys(
+        pages, layer, head, heads, start, key, some, wanted, d, part, D, BLOCK_D, CACHE, TURNS, True
     )
-    k, v = load_keys(
-        pages, layer, head, heads, start, key, ~idle, (key < n) & ~idle, d, D, BLOCK_D, CACHE, True
-    )
+    at_position = tl.load(position + step_row, mask=valid, other=0)
+    oldest = at_position - window
+    r = tl.arange(0, BLOCK_R)
+    own = (r < last) & owns
+    own_position = tl.load(position + first + r, mask=own, other=0)
+    bits = ancestors + step_row * 8
+    words = tl.load(bits, mask=valid & ~chain, other=0)
+    if TURNS:
+        cos, sin = _angles(cosines, at_position, valid, part, HALF)
+        own_cos, own_sin = _angles(cosines, own_position, own, part, HALF)
+        gain, second_gain = _gains(query_gain, part, HALF, NORM, ADDS_ONE)
+        own_gain, own_second_gain = _gains(key_gain, part, HALF, NORM, ADDS_ONE)
     if PDL:
         gdc_wait()
     if split == 0:
@@ -220,42 +282,153 @@ def attention_kernel(
     if idle:
         return
     inside = valid[:, None] & (d[None, :] < D)
-    at = query + step_row[:, None].to(tl.int64) * query_stride + query_head[:, None] * D + d[None, :]
-    q = tl.load(at, mask=inside, other=0.0)
+    query_at = (
+        packed + step_row[:, None].to(tl.int64) * packed_stride + query_head[:, None] * D + part[None, :]
+    )
+    query_inside = valid[:, None] & (part < D)[None, :]
+    q = tl.load(query_at, mask=query_inside, other=0.0)
+    second_q = q
+    if TURNS:
+        second_q = tl.load(query_at + HALF, mask=query_inside, other=0.0)
+    # A row's k heads lie behind its q heads, and its v heads behind these.
+    keys_at = packed + (heads * GROUP + head) * D
+    own_at = keys_at + (first + r).to(tl.int64)[:, None] * packed_stride
+    new_k, new_second_k, new_v = _load_own(own_at, own, d, part, heads, D, TURNS)
+    if TURNS:
+        q, second_q = _turned(q, second_q, cos, sin, gain, second_gain, eps, HALF, NORM)
+        q, second_q = q.to(packed.dtype.element_ty), second_q.to(packed.dtype.element_ty)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if (begin + 1) * BLOCK_N > n:
-        own = (key >= n) & (key < n + count)
-        new_k, new_v = load_keys(
-            pages, layer, head, heads, start, key, True, own, d, D, BLOCK_D, CACHE, True
+    if some:
+        visible = tl.broadcast_to(wanted[None, :], [BLOCK_M, BLOCK_N])
+        if HAS_WINDOW:
+            visible = visible & (oldest[:, None] < key[None, :])
+        top, total, acc = _attend(
+            q, second_q, k, second_k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, TURNS, True
         )
-        k, v = tl.where(own[:, None], new_k, k), tl.where(own[:, None], new_v, v)
-    top, total, acc = attend(
-        q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True
-    )
-    # Below `plain` all rows see all keys (but for the window): the cache, row 0 and, in a chain, the rows before the tile.
-    plain = (n + 1 + tl.where(chain, tile_row, 0)) // BLOCK_N
-    plain = tl.minimum(tl.maximum(plain, begin + 1), end)
-    for block in range(begin + 1, plain):
+    # Of blocks full of cached keys all rows see all, but for the window; the last one may not be full.
+    full = tl.minimum(tl.maximum(n // BLOCK_N, begin + 1), end)
+    for block in range(begin + 1, full):
         start = block * BLOCK_N
         key = start + offsets
-        k, v = load_keys(pages, layer, head, heads, start, key, True, key >= 0, d, D, BLOCK_D, CACHE, False)
+        k, second_k, v = _load_keys(
+            pages, layer, head, heads, start, key, True, key >= 0, d, part, D, BLOCK_D, CACHE, TURNS, False
+        )
         visible = oldest[:, None] < key[None, :]
-        top, total, acc = attend(
-            q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, HAS_WINDOW
+        top, total, acc = _attend(
+            q,
+            second_q,
+            k,
+            second_k,
+            v,
+            visible,
+            top,
+            total,
+            acc,
+            scale,
+            softcap,
+            HAS_SOFTCAP,
+            TURNS,
+            HAS_WINDOW,
         )
-    for block in range(plain, end):
+    for block in range(tl.maximum(full, begin + 1), end):
         start = block * BLOCK_N
         key = start + offsets
-        k, v = load_keys(
-            pages, layer, head, heads, start, key, True, key < n + count, d, D, BLOCK_D, CACHE, True
+        k, second_k, v = _load_keys(
+            pages, layer, head, heads, start, key, True, key < n, d, part, D, BLOCK_D, CACHE, TURNS, True
         )
-        visible = _visible(key, n, count, chain, row, valid, bits, own_position, oldest, BLOCK_N, HAS_WINDOW)
-        top, total, acc = attend(
-            q, k.to(q.dtype), v.to(q.dtype), visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True
+        visible = tl.broadcast_to((key < n)[None, :], [BLOCK_M, BLOCK_N])
+        if HAS_WINDOW:
+            visible = visible & (oldest[:, None] < key[None, :])
+        top, total, acc = _attend(
+            q, second_q, k, second_k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, TURNS, True
         )
+    if owns:
+        if TURNS:
+            new_k, new_second_k = _turned(
+                new_k, new_second_k, own_cos, own_sin, own_gain, own_second_gain, eps, HALF, NORM
+            )
+            new_k, new_second_k = new_k.to(CACHE), new_second_k.to(CACHE)
+            _store_own(
+                pages,
+                new_k,
+                new_second_k,
+                new_v,
+                layer,
+                head,
+                heads,
+                n + r,
+                own & (r >= tile_row),
+                d,
+                part,
+                D,
+                CACHE,
+            )
+        seen = _seen(r, last, chain, row, words, own_position, oldest, HAS_WINDOW)
+        top, total, acc = _attend(
+            q,
+            second_q,
+            new_k,
+            new_second_k,
+            new_v,
+            seen,
+            top,
+            total,
+            acc,
+            scale,
+            softcap,
+            HAS_SOFTCAP,
+            TURNS,
+            True,
+        )
+        for r0 in range(BLOCK_R, last, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            own = r < last
+            own_position = tl.load(position + first + r, mask=own, other=0)
+            words = tl.load(bits + r0 // 32, mask=valid & ~chain, other=0)
+            own_at = keys_at + (first + r).to(tl.int64)[:, None] * packed_stride
+            new_k, new_second_k, new_v = _load_own(own_at, own, d, part, heads, D, TURNS)
+            if TURNS:
+                own_cos, own_sin = _angles(cosines, own_position, own, part, HALF)
+            if TURNS:
+                new_k, new_second_k = _turned(
+                    new_k, new_second_k, own_cos, own_sin, own_gain, own_second_gain, eps, HALF, NORM
+                )
+                new_k, new_second_k = new_k.to(CACHE), new_second_k.to(CACHE)
+                _store_own(
+                    pages,
+                    new_k,
+                    new_second_k,
+                    new_v,
+                    layer,
+                    head,
+                    heads,
+                    n + r,
+                    own & (r >= tile_row),
+                    d,
+                    part,
+                    D,
+                    CACHE,
+                )
+            seen = _seen(r, last, chain, row, words, own_position, oldest, HAS_WINDOW)
+            top, total, acc = _attend(
+                q,
+                second_q,
+                new_k,
+                new_second_k,
+                new_v,
+                seen,
+                top,
+                total,
+                acc,
+                scale,
+                softcap,
+                HAS_SOFTCAP,
+                TURNS,
+                True,
+            )
 
     total = tl.where(total > 0, total, 1.0)
     acc = acc / total[:, None]
@@ -263,45 +436,14 @@ def attention_kernel(
         share_at = (step_row * (heads * GROUP) + query_head) * splits + split
         tl.store(values + share_at[:, None].to(tl.int64) * D + d[None, :], acc, mask=inside)
         tl.store(sums + share_at, top + tl.log2(total), mask=valid)
-        if MERGE_LAST:
-            tl.debug_barrier()  # all threads' stores come before the count
-            counter = arrived + tile * heads + head
-            if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
-                tl.store(counter, 0)
-                merge(
-                    out, values, sums, step_row, query_head, valid, d, out_stride, heads * GROUP, splits, used,
-                    BLOCK_M, D, BLOCK_D,
-                )  # fmt: skip
+        tl.debug_barrier()  # all threads' stores come before the count
+        counter = arrived + tile * heads + head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
+            tl.store(counter, 0)
+            _merge(
+                out, values, sums, step_row, query_head, valid, d, out_stride, heads * GROUP, splits, used,
+                BLOCK_M, D, BLOCK_D,
+            )  # fmt: skip
     else:
         at = out + step_row[:, None].to(tl.int64) * out_stride + query_head[:, None] * D + d[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["slots", "window", "splits", "min_blocks"])
-def merge_kernel(
-    out, cached, first_row, row_count, is_chain, values, sums, slots, out_stride, window, splits, min_blocks,
-    SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles, K): merge the shares that `attention_kernel` left, where there is more than one."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    TILE_ROWS: tl.constexpr = BLOCK_M // GROUP
-    slot, tile_row, _ = locate(row_count, slots, tile, SLOTS, TILE_ROWS)
-    if slot >= slots:
-        return
-    count = tl.load(row_count + slot)
-    last = tl.minimum(tile_row + TILE_ROWS, count)
-    chain = tl.load(is_chain + slot) != 0
-    _, _, _, used = _shares(
-        tl.load(cached + slot), tile_row, last, chain, window, splits, min_blocks, BLOCK_N, HAS_WINDOW
-    )
-    if used > 1:
-        m = tl.arange(0, BLOCK_M)
-        row = tile_row + m // GROUP
-        valid = (m < TILE_ROWS * GROUP) & (row < count)
-        step_row = tl.load(first_row + slot) + row
-        query_head = head * GROUP + m % GROUP
-        merge(
-            out, values, sums, step_row, query_head, valid, tl.arange(0, BLOCK_D), out_stride,
-            tl.num_programs(1) * GROUP, splits, used, BLOCK_M, D, BLOCK_D,
-        )  # fmt: skip

@@ -1,6 +1,6 @@
 """A Llama-like decoder as a sequence of fused launches: what a CUDA graph of a step records.
 
-Per layer: norm + QKV; head norms, rotary positions and cache writes; tree attention; output projection + residual; norm +
+Per layer: norm + QKV; head norms, rotary positions, cache writes and tree attention; output projection + residual; norm +
 gate and up + activation; down projection + residual. Five or six launches where transformers' modules take about forty.
 All of a step is in buffers that are allocated once: a run allocates nothing and never waits.
 """
@@ -13,22 +13,19 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from shoestring.engine.cuda.attention import AttentionPlan, Workspace, rows_attention, tree_attention
+from shoestring.engine.cuda.attention import AttentionPlan, Workspace, tree_attention
 from shoestring.engine.cuda.cache_moves import move_rows
 from shoestring.engine.cuda.choose import MAX_TOP, Candidates, choose
 from shoestring.engine.cuda.layout import DeviceLayout, block_shape
 from shoestring.engine.cuda.linear import gated_linear, linear
 from shoestring.engine.cuda.products import LinearWorkspace, ScaledRows
-from shoestring.engine.cuda.rotary import rotary_table, rotate_and_store
+from shoestring.engine.cuda.rotary import Turning, rotary_table
 from shoestring.engine.cuda.rows import RowNorm, add_normed, embed, take_normed
 from shoestring.engine.cuda.tuning import Tuning
 from shoestring.engine.cuda.weights import DeviceWeight
 from shoestring.engine.native_weights import NativeConfig
 
 __all__ = ["Buffers", "Decoder", "LayerWeights"]
-
-
-FUSED = True
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,10 @@ class Decoder:
             still = torch.zeros(positions, config.head_dim, device=self.device)
             still[:, : config.head_dim // 2] = 1
             tables.append(still)
-        self._tables = [tables[rope] for rope in config.layer_ropes]
+        self._turnings = [
+            Turning(tables[rope], layer.query_gain, layer.key_gain, config.norm_epsilon, config.norm_adds_one)
+            for rope, layer in zip(config.layer_ropes, self.layers, strict=True)
+        ]
         self.processors = (
             torch.cuda.get_device_properties(self.device).multi_processor_count
             if self.device.type == "cuda"
@@ -188,16 +188,21 @@ class Decoder:
         """
         config, dtype = self.config, self.dtype
         rows, outputs = layout.bucket.rows, layout.bucket.rows
-        heads, kv_heads, dim = config.num_heads, config.num_key_value_heads, config.head_dim
         x = buffers.x[:rows]
         packed, attended = buffers.packed[:rows], buffers.attended[:rows]
         gated, added = buffers.gated[:rows], buffers.added[:rows]
-        query = packed[:, : heads * dim].unflatten(1, (heads, dim))
         cache: dict[str, Any] = {"cache_dtype": dtype}
         pdl = self.device.type == "cuda" and Tuning.of_machine(self.device).pdl
         shared: dict[str, Any] = {"workspace": self._workspace}
         hidden = hidden or {}
-        move_rows(table, layout, layers=len(self.layers), kv_heads=kv_heads, head_dim=dim, **cache)
+        move_rows(
+            table,
+            layout,
+            layers=len(self.layers),
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            **cache,
+        )
         embed(layout, self.embedding, buffers.own, x, config.embedding_scale)
         scaled: ScaledRows | None = None  # what the product in front left for the norm behind it
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), None]
@@ -207,57 +212,21 @@ class Decoder:
             linear(
                 x, layer.qkv, packed, norm=layer.attention_norm, scaled=scaled, bias=layer.qkv_bias, **shared
             )
-            if FUSED:
-                rows_attention(
-                    packed,
-                    self._tables[index],
-                    table,
-                    index,
-                    layout,
-                    plan,
-                    workspace,
-                    attended,
-                    scale=config.attention_scale,
-                    query_gain=layer.query_gain,
-                    key_gain=layer.key_gain,
-                    eps=config.norm_epsilon,
-                    adds_one=config.norm_adds_one,
-                    window=config.windows[index],
-                    softcap=config.attention_softcap,
-                    pdl=pdl,
-                    **cache,
-                )
-            else:
-                rotate_and_store(
-                    packed,
-                    self._tables[index],
-                    table,
-                    index,
-                    layout,
-                    query,
-                    heads=heads,
-                    kv_heads=kv_heads,
-                    query_gain=layer.query_gain,
-                    key_gain=layer.key_gain,
-                    eps=config.norm_epsilon,
-                    adds_one=config.norm_adds_one,
-                    pdl=pdl,
-                    **cache,
-                )
-                tree_attention(
-                    query,
-                    table,
-                    index,
-                    layout,
-                    plan,
-                    workspace,
-                    attended,
-                    scale=config.attention_scale,
-                    window=config.windows[index],
-                    softcap=config.attention_softcap,
-                    pdl=pdl,
-                    **cache,
-                )
+            tree_attention(
+                packed,
+                self._turnings[index],
+                table,
+                index,
+                layout,
+                plan,
+                workspace,
+                attended,
+                scale=config.attention_scale,
+                window=config.windows[index],
+                softcap=config.attention_softcap,
+                pdl=pdl,
+                **cache,
+            )
             flat = attended.flatten(1)
             if layer.post_attention_norm is None:
                 scaled = linear(

@@ -1,4 +1,4 @@
-"""From packed projections to rotated queries and the cache: head norms, rotary positions, keys and values, in one launch.
+"""Head norms, rotary positions and cache writes in one launch, where attention does not do them on its way.
 
 The packed row is `[q heads, k heads, v heads] x D`. Queries and keys are normalised per head where the model does (Qwen3,
 Gemma 3), rotated in pairs (i, i + half) of the first `rotary_dim` numbers, and keys and values go to storage position
@@ -8,6 +8,7 @@ n + tree_row of their slot's blocks. All arithmetic is float32; numbers are roun
 # mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,10 +21,35 @@ from shoestring.engine.cuda.attention_kernels import TRITON_TYPES
 from shoestring.engine.cuda.launching import launch_options
 from shoestring.engine.cuda.layout import BLOCK_TOKENS, DeviceLayout
 
-__all__ = ["rotary_table", "rotary_twin", "rotate_and_store"]
+__all__ = ["Turning", "rotary_table", "rotary_twin", "rotate_and_store"]
 
 _PAGE: tl.constexpr = tl.constexpr(BLOCK_TOKENS)
 _HEADS_PER_PROGRAM = 4
+
+
+@dataclass(frozen=True)
+class Turning:
+    """What a layer does to its queries and keys before they meet: norms of heads, then rotary positions.
+
+    Args:
+        cosines: a table of `rotary_table`.
+        query_gain, key_gain: of the heads' RMS norm, both or neither.
+        adds_one: the gain is 1 more.
+    """
+
+    cosines: Float[Tensor, "P rotary_dim"]
+    query_gain: Float[Tensor, " D"] | None = None
+    key_gain: Float[Tensor, " D"] | None = None
+    epsilon: float = 1e-6
+    adds_one: bool = False
+
+    def __post_init__(self) -> None:
+        assert (self.query_gain is None) == (self.key_gain is None)
+
+    @property
+    def norms(self) -> bool:
+        """Whether heads are normalised."""
+        return self.query_gain is not None
 
 
 def rotary_table(
@@ -36,76 +62,65 @@ def rotary_table(
 
 def rotate_and_store(
     packed: Float[Tensor, "R heads*D"],
-    cosines: Float[Tensor, "P rotary_dim"],
+    turning: Turning,
     table: Tensor,
     layer: int,
     layout: DeviceLayout,
-    query: Float[Tensor, "R H D"],
     *,
     heads: int,
     kv_heads: int,
+    head_dim: int,
     cache_dtype: torch.dtype,
-    query_gain: Float[Tensor, " D"] | None = None,
-    key_gain: Float[Tensor, " D"] | None = None,
-    eps: float = 1e-6,
-    adds_one: bool = False,
     pdl: bool = False,
 ) -> None:
-    """Write the rows' rotated queries into `query` and their keys and values into the cache; padded rows write nothing.
+    """Turn the rows' queries and keys where they are, and write keys and values into the cache; padded rows write nothing.
 
     Args:
         packed: the layer's projections, biases added; rows may be strided.
-        cosines: a table of `rotary_table`, on the same device.
         table: addresses [slots, blocks] int64 of the cache's blocks.
-        query: rows may be strided; `packed`'s own first heads will do.
-        query_gain, key_gain: of the heads' RMS norm, both or neither; with `adds_one` the gain is 1 more.
         pdl: start before the kernel in front has ended (Hopper).
     """
-    head_dim = query.shape[2]
-    assert (query_gain is None) == (key_gain is None)
     rotary_kernel[(packed.shape[0], -(-(heads + 2 * kv_heads) // _HEADS_PER_PROGRAM))](
-        packed, cosines, table, query, query_gain, key_gain,
+        packed, turning.cosines, table, turning.query_gain, turning.key_gain,
         layout.slot, layout.position, layout.tree_row, layout.cached, layout.table_row,
-        packed.stride(0), query.stride(0), table.stride(0), layer, heads, kv_heads, eps,
-        D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), ROTARY=cosines.shape[1], BLOCK_H=_HEADS_PER_PROGRAM,
-        CACHE=TRITON_TYPES[cache_dtype], NORM=query_gain is not None, ADDS_ONE=adds_one,
+        packed.stride(0), table.stride(0), layer, heads, kv_heads, turning.epsilon,
+        D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_H=_HEADS_PER_PROGRAM,
+        ROTARY=turning.cosines.shape[1], CACHE=TRITON_TYPES[cache_dtype], NORM=turning.norms, ADDS_ONE=turning.adds_one,
         num_warps=2 if head_dim <= 128 else 4, **launch_options(pdl),
     )  # fmt: skip
 
 
 def rotary_twin(
     packed: Float[Tensor, "R heads*D"],
-    cosines: Float[Tensor, "P rotary_dim"],
+    turning: Turning,
     blocks: Sequence[Sequence[Tensor]],
     layer: int,
     layout: DeviceLayout,
-    query: Float[Tensor, "R H D"],
     *,
     heads: int,
     kv_heads: int,
-    query_gain: Tensor | None = None,
-    key_gain: Tensor | None = None,
-    eps: float = 1e-6,
-    adds_one: bool = False,
+    head_dim: int,
 ) -> None:
     """The same in plain PyTorch, in the precision of `packed`; `blocks` are those of each row of the table."""
     rows = torch.nonzero(layout.slot >= 0)[:, 0]
-    split = packed[rows].unflatten(1, (-1, query.shape[2]))
+    split = packed[rows].unflatten(1, (-1, head_dim))
     q, k, v = split.split([heads, kv_heads, kv_heads], dim=1)
-    if query_gain is not None and key_gain is not None:
+    if turning.query_gain is not None and turning.key_gain is not None:
         q, k = (
-            states * (states.square().mean(-1, keepdim=True) + eps).rsqrt() * (gain + adds_one)
-            for states, gain in ((q, query_gain), (k, key_gain))
+            states
+            * (states.square().mean(-1, keepdim=True) + turning.epsilon).rsqrt()
+            * (gain + turning.adds_one)
+            for states, gain in ((q, turning.query_gain), (k, turning.key_gain))
         )
-    cos, sin = cosines[layout.position[rows]].to(packed.dtype)[:, None].chunk(2, dim=-1)
+    cos, sin = turning.cosines[layout.position[rows]].to(packed.dtype)[:, None].chunk(2, dim=-1)
     half = cos.shape[-1]
 
     def rotate(states: Tensor) -> Tensor:
         first, second, rest = states.split([half, half, states.shape[-1] - 2 * half], dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
-    query[rows] = rotate(q).to(query.dtype)
-    k = rotate(k)
+    q, k = rotate(q), rotate(k)
+    packed[rows] = torch.cat([q, k, v], dim=1).flatten(1).to(packed.dtype)
     for index, row in enumerate(rows.tolist()):
         slot = int(layout.slot[row])
         at = int(layout.cached[slot] + layout.tree_row[row])
@@ -116,8 +131,8 @@ def rotary_twin(
 
 @triton.jit(do_not_specialize=["table_stride", "layer", "heads", "kv_heads"])
 def rotary_kernel(
-    packed, cosines, table, query, query_gain, key_gain, slot_of, position, tree_row, cached, table_row,
-    packed_stride, query_stride, table_stride, layer, heads, kv_heads, eps,
+    packed, cosines, table, query_gain, key_gain, slot_of, position, tree_row, cached, table_row,
+    packed_stride, table_stride, layer, heads, kv_heads, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_H: tl.constexpr, CACHE: tl.constexpr,
     NORM: tl.constexpr, ADDS_ONE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
@@ -155,9 +170,8 @@ def rotary_kernel(
     else:
         rotated = own * cos[None, :] + other * sin[None, :]
     result = tl.where(is_value[:, None], own, rotated)
-    tl.debug_barrier()  # `query` may be where the pairs were read
-    to_query = query + tl.cast(row, tl.int64) * query_stride + head[:, None] * D + d[None, :]
-    tl.store(to_query, result.to(query.dtype.element_ty), mask=inside & is_query[:, None])
+    tl.debug_barrier()  # all pairs were read
+    tl.store(at + d[None, :], result.to(packed.dtype.element_ty), mask=inside & ~is_value[:, None])
     block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
     # The block's planes are [layer, key | value, head]: k and v heads lie one behind another in the row, too.
     plane = tl.multiple_of(layer * 2 * kv_heads * (_PAGE * D) + at_token % _PAGE * D, 16)
