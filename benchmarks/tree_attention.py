@@ -2,8 +2,9 @@
 
 First every shape's error against float64, in bfloat16 and float32: at most twice that of the same computation in PyTorch.
 Then one layer's time, in CUDA graphs over layers whose caches take turns: a binary tree of `rows` rows in each slot behind
-`context` cached tokens. SDPA reads dense keys of exactly the right length under the same mask (none for one row),
-and its fastest form counts. Last, the small kernels beside attention.
+`context` cached tokens. Ours also turns queries and keys to their positions and caches the new ones. SDPA reads dense keys
+of exactly the right length under the same mask (none for one row), and its fastest form counts. Last, the small kernels
+beside attention.
 
     python -m benchmarks.tree_attention --output benchmarks/results/tree_attention.nvidia-h100.json
 """
@@ -32,7 +33,7 @@ from shoestring.engine.cuda.layout import (
     block_shape,
     read_cache,
 )
-from shoestring.engine.cuda.rotary import rotary_table, rotate_and_store
+from shoestring.engine.cuda.rotary import Turning, rotary_table, rotary_twin, rotate_and_store
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
 from shoestring.evaluation.results import write_result
@@ -76,7 +77,11 @@ class Setting:
             {slot: slot for slot in slots},
         )
         self.host.send()
-        self.query = torch.randn(self.slots * self.rows, heads, head_dim, dtype=self.dtype, device="cuda")
+        width = (heads + 2 * kv_heads) * head_dim
+        self.packed = torch.randn(self.slots * self.rows, width, dtype=self.dtype, device="cuda")
+        self.query = self.packed[:, : heads * head_dim].unflatten(1, (heads, head_dim)).contiguous()
+        frequencies = 1e4 ** -(torch.arange(0, head_dim, 2, device="cuda") / head_dim)
+        self.turning = Turning(rotary_table(frequencies, self.context + self.rows))
         self.scale = head_dim**-0.5
 
     def plan(self, **settings: Any) -> AttentionPlan:
@@ -90,11 +95,23 @@ class Setting:
 
         def run(layer: int) -> None:
             tree_attention(
-                self.query, self.table, layer, self.layout, plan, workspace, out,
+                self.packed, self.turning, self.table, layer, self.layout, plan, workspace, out,
                 cache_dtype=self.dtype, scale=self.scale,
             )  # fmt: skip
 
         return run, out
+
+    def twin(self, layer: int, dtype: torch.dtype) -> Tensor:
+        """The same in PyTorch; it works on copies."""
+        heads, kv_heads, head_dim = self.shape
+        blocks = [[block.to(dtype, copy=True) for block in row] for row in self.blocks]
+        packed = self.packed.to(dtype, copy=True)
+        turning = replace(self.turning, cosines=self.turning.cosines.to(dtype))
+        rotary_twin(
+            packed, turning, blocks, layer, self.layout, heads=heads, kv_heads=kv_heads, head_dim=head_dim
+        )
+        query = packed[:, : heads * head_dim].unflatten(1, (heads, head_dim))
+        return attention_twin(query, blocks, layer, self.layout, scale=self.scale)
 
     def sdpa(self) -> list[Callable[[int], Tensor]]:
         """PyTorch's attention over dense keys, in its forms; some are refused for some shapes."""
@@ -158,26 +175,21 @@ def graph_seconds(run: Callable[[int], object], layers: int) -> float:
 
 
 def check(name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The kernel's error and PyTorch's, both against float64, for both ways to merge."""
+    """The kernel's error and PyTorch's, both against float64, with turns on the way and in front."""
     rows = []
-    for slots, count, merge_last in ((1, 1, True), (8, 16, True), (8, 16, False), (1, 64, True)):
+    for slots, count, turns in ((1, 1, True), (8, 16, True), (8, 16, False), (1, 64, True)):
         setting = Setting(SHAPES[name], slots, count, 500, dtype, 2)
-        exact = attention_twin(
-            setting.query.double(),
-            [[block.double() for block in row] for row in setting.blocks],
-            1,
-            setting.layout,
-            scale=setting.scale,
-        )
-        run, out = setting.ours(setting.plan(splits=4, merge_last=merge_last))
+        exact, plain = setting.twin(1, torch.float64), setting.twin(1, dtype)
+        run, out = setting.ours(setting.plan(splits=4, turns=turns))
+        packed = setting.packed.clone()
         for _ in range(20):  # a race would show
+            setting.packed.copy_(packed)
             run(1)
-        plain = attention_twin(setting.query, setting.blocks, 1, setting.layout, scale=setting.scale)
         ours, theirs = (float((result.double() - exact).abs().max()) for result in (out, plain))
         rows.append(
             {
                 "shape": name, "dtype": str(dtype).removeprefix("torch."), "slots": slots, "rows": count,
-                "merge_last": merge_last, "error": ours, "pytorch_error": theirs, "right": ours <= max(2 * theirs, 1e-6),
+                "turns": turns, "error": ours, "pytorch_error": theirs, "right": ours <= max(2 * theirs, 1e-6),
             }
         )  # fmt: skip
     return rows
@@ -212,12 +224,11 @@ def small_kernels(name: str, vocab_size: int) -> dict[str, float]:
     setting = Setting(SHAPES[name], 1, 64, 512, torch.bfloat16, 16)
     layout, table = setting.layout, setting.table
     packed = torch.randn(64, (heads + 2 * kv_heads) * head_dim, dtype=torch.bfloat16, device="cuda")
-    angles = rotary_table(1e4 ** -(torch.arange(0, head_dim, 2, device="cuda") / head_dim), 1024)
     shared: dict[str, Any] = {"kv_heads": kv_heads, "cache_dtype": torch.bfloat16}
     times = {
         "rotary": graph_seconds(
             lambda layer: rotate_and_store(
-                packed, angles, table, layer, layout, setting.query, heads=heads, **shared
+                packed, setting.turning, table, layer, layout, heads=heads, head_dim=head_dim, **shared
             ),
             16,
         )

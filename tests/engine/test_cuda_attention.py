@@ -147,8 +147,9 @@ def test_one_row_alone_and_a_step_of_all_lengths_around_a_block(block_keys: int)
         check({0: TokenTree.chain([0])}, {0: n}, plan)
 
 
-def test_trees_around_a_large_block() -> None:
-    plan = AttentionPlan(1, 40, 3, 1, 64, 4, min_keys=256, block_keys=256, block_own=32)
+@pytest.mark.parametrize("block_own", [32, 64])
+def test_trees_around_a_large_block(block_own: int) -> None:
+    plan = AttentionPlan(1, 40, 3, 1, 64, 4, min_keys=256, block_keys=256, block_own=block_own)
     for n in (0, 217, 240, 255, 256, 500):
         check({0: random_tree(40, n)}, {0: n}, plan)
 

@@ -23,7 +23,7 @@ def attention(plan, dtype, window=False, softcap=False, norm=False):
         dict(
             SLOTS=_power_of_two(plan.slots), GROUP=plan.group, D=plan.head_dim, BLOCK_D=_power_of_two(plan.head_dim),
             BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys, BLOCK_R=plan.block_own, HAS_WINDOW=window,
-            CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, TURNS=plan.turns, NORM=norm,
+            CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, TURNS=plan.turns, ROTARY=plan.head_dim, NORM=norm,
             ADDS_ONE=norm, PDL=True,
         ),
         warps=plan.warps, stages=plan.stages,
@@ -31,7 +31,8 @@ def attention(plan, dtype, window=False, softcap=False, norm=False):
     _, spilled = resources(code["cubin"])
     assert not spilled or spilled <= 16, (plan, dtype, spilled)
     ptx = code["ptx"]
-    assert "cp.async.cg.shared.global" in ptx and "ld.global.b16" not in ptx
+    assert "ld.global.b16" not in ptx
+    assert plan.stages == 1 or "cp.async.cg.shared.global" in ptx
     assert ("mma.sync" in ptx or "wgmma.mma_async" in ptx) == (dtype != torch.float32)
 
 choose = AttentionPlan.choose

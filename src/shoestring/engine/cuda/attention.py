@@ -33,10 +33,10 @@ class AttentionPlan:
         splits: shares of the keys at most; 1 needs no merge.
         block_rows: rows x heads of a tile (a power of two, at least 16 and H / K).
         block_keys: cached keys of a tile, 16 to 256.
-        block_own: own keys of a tile, 16 or 32.
+        block_own: own keys of a tile, 16, 32 or 64.
         min_keys: a share is not made smaller than this.
         turns: attention itself normalises, turns and caches the step's keys; else a kernel in front does. Every tile turns
-            the keys that it sees, so this pays where tiles are few. Only of heads that turn as a whole.
+            the keys that it sees, so this pays where rows are few.
     """
 
     slots: int
@@ -87,16 +87,18 @@ class AttentionPlan:
         elif block_rows * head_dim <= 1024:
             # A program's time goes by its instructions: one large block, by many warps, most often needs no merge.
             block_keys, min_keys, warps, stages = 256, 256, 8, 1
+        elif block_rows * head_dim <= 2048 and rows <= 16:
+            block_keys, min_keys, warps, stages = 128, 128, 8, 1
         else:
             block_keys, min_keys = 64, 128
-            warps = 8 if block_rows * head_dim >= 8192 or head_dim > 128 else 4
+            warps = 8 if block_rows * head_dim >= 4096 else 4
             # With two stages Triton loads a block only when the one before it is done with.
             stages = 2 if head_dim > 128 or block_rows > 64 else 3
         plan = {
             "block_rows": block_rows,
             "block_keys": block_keys,
-            "block_own": 16 if rows <= 16 or wide else 32,
-            "turns": rows <= 16 or block_rows * head_dim <= 1024,
+            "block_own": 16 if rows <= 16 or wide else 32 if rows <= 32 else 64,
+            "turns": rows <= (32 if head_dim <= 64 else 16),
             "min_keys": min_keys,
             "warps": warps,
             "stages": stages,
@@ -179,8 +181,7 @@ def tree_attention(
         softcap: scores become softcap * tanh(score / softcap); 0: as they are.
         pdl: start before the kernel in front has ended (Hopper).
     """
-    turns = plan.turns and turning.cosines.shape[1] == plan.head_dim == _power_of_two(plan.head_dim)
-    if not turns:
+    if not plan.turns:
         rotate_and_store(
             packed, turning, table, layer, layout, heads=plan.heads, kv_heads=plan.kv_heads, head_dim=plan.head_dim,
             cache_dtype=cache_dtype, pdl=pdl,
@@ -194,8 +195,8 @@ def tree_attention(
         SLOTS=_power_of_two(plan.slots), GROUP=plan.group, D=plan.head_dim,
         BLOCK_D=max(16, _power_of_two(plan.head_dim)), BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys,
         BLOCK_R=plan.block_own, HAS_WINDOW=window > 0, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
-        TURNS=turns, NORM=turning.norms, ADDS_ONE=turning.adds_one, num_warps=plan.warps, num_stages=plan.stages,
-        **launch_options(pdl),
+        TURNS=plan.turns, ROTARY=turning.cosines.shape[1], NORM=turning.norms, ADDS_ONE=turning.adds_one,
+        num_warps=plan.warps, num_stages=plan.stages, **launch_options(pdl),
     )  # fmt: skip
 
 

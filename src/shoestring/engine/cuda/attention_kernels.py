@@ -38,14 +38,12 @@ def _locate(row_count, slots, tile, SLOTS: tl.constexpr, TILE_ROWS: tl.constexpr
 
 @triton.jit
 def _load_keys(
-    pages, layer, head, heads, start, key, some, wanted, d, part, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    CACHE: tl.constexpr, TURNS: tl.constexpr, MASKED: tl.constexpr,
+    pages, layer, head, heads, start, key, some, wanted, d, D: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys (in halves, TURNS) and values [N, D] at the positions `key`, from `start` on; none are read unless there are some.
+    """Keys and values [N, D] at the positions `key`, from `start` on; none are read unless there are some.
 
-    Args:
-        part: a key's numbers, or those of its first half.
-        MASKED: zeros where they are not wanted.
+    MASKED: zeros where they are not wanted.
     """
     if key.shape[0] <= _PAGE:
         base = tl.load(pages + start // _PAGE, mask=some, other=0)
@@ -55,37 +53,24 @@ def _load_keys(
         base = tl.load(pages + key // _PAGE)
     block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
     offset = tl.multiple_of((layer * 2 * heads + head) * (_PAGE * D), _PAGE)
-    first = (block + key % _PAGE * D)[:, None] + offset
-    values = first + tl.multiple_of(heads * (_PAGE * D), _PAGE) + d[None, :]
-    keys = first + part[None, :]
-    if MASKED or D < BLOCK_D:
-        mask, value_mask = (part < D)[None, :], (d < D)[None, :]
-        if MASKED:
-            mask, value_mask = wanted[:, None] & mask, wanted[:, None] & value_mask
-        k = tl.load(keys, mask=mask, other=0.0)
-        second = k
-        if TURNS:
-            second = tl.load(keys + D // 2, mask=mask, other=0.0)
-        v = tl.load(values, mask=value_mask, other=0.0)
-    else:
-        k = tl.load(keys)
-        second = k
-        if TURNS:
-            second = tl.load(keys + D // 2)
-        v = tl.load(values)
-    return k, second, v
+    at = (block + key % _PAGE * D)[:, None] + (offset + d)[None, :]
+    stride = tl.multiple_of(heads * (_PAGE * D), _PAGE)
+    if MASKED:
+        mask = wanted[:, None] & (d < D)[None, :]
+        return tl.load(at, mask=mask, other=0.0), tl.load(at + stride, mask=mask, other=0.0)
+    if D < BLOCK_D:
+        mask = (d < D)[None, :]
+        return tl.load(at, mask=mask, other=0.0), tl.load(at + stride, mask=mask, other=0.0)
+    return tl.load(at), tl.load(at + stride)
 
 
 @triton.jit
 def _attend(
-    q, second_q, k, second_k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP: tl.constexpr,
-    TURNS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr
+):
     """One block of keys more: the running maximum (base 2), the sum of exponentials and the weighted values."""
-    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-    if TURNS:
-        scores = tl.dot(second_q, tl.trans(second_k.to(q.dtype)), scores, input_precision="ieee")
     v = v.to(q.dtype)
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
     if HAS_SOFTCAP:
         capped = 1 - 2 / (tl.exp(scores * (2 * scale / softcap)) + 1)  # tanh
         scores = capped * (softcap * 1.4426950408889634)
@@ -135,70 +120,96 @@ def _merge(
 
 
 @triton.jit
-def _angles(cosines, position, inside, half, HALF: tl.constexpr):
-    """Cosines and sines [rows, D / 2] at the rows' positions."""
-    at = cosines + position.to(tl.int64)[:, None] * (2 * HALF) + half[None, :]
-    return tl.load(at, mask=inside[:, None], other=0.0), tl.load(at + HALF, mask=inside[:, None], other=0.0)
+def _by_eights(index, ROTARY: tl.constexpr):
+    """Where a head's numbers lie: not in a row, but eight at a time where halves allow it, so that loads may be wide."""
+    if ROTARY % 16 == 0:
+        index = tl.max_contiguous(tl.multiple_of(index, 8), 8)
+    return index
 
 
 @triton.jit
-def _gains(gain, half, HALF: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr):
-    """A head norm's gain, in halves."""
-    first, second = half.to(tl.float32), half.to(tl.float32)
+def _angles(cosines, position, inside, d, ROTARY: tl.constexpr):
+    """Cosines and signed sines [rows, D] at the rows' positions; beyond `rotary_dim` nothing turns."""
+    HALF: tl.constexpr = ROTARY // 2
+    turned = d < ROTARY
+    angle = _by_eights(tl.where(d < HALF, d, tl.where(turned, d - HALF, 0)), ROTARY)
+    at = cosines + position.to(tl.int64)[:, None] * ROTARY + angle[None, :]
+    mask = inside[:, None] & turned[None, :]
+    cos, sin = tl.load(at, mask=mask, other=1.0), tl.load(at + HALF, mask=mask, other=0.0)
+    return cos, tl.where((d < HALF)[None, :], -sin, sin)
+
+
+@triton.jit
+def _gains(gain, d, pair, D: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr):
+    """A head norm's gain [D], and that of each number's pair."""
+    own, other = d.to(tl.float32), d.to(tl.float32)
     if NORM:
-        first, second = tl.load(gain + half).to(tl.float32), tl.load(gain + HALF + half).to(tl.float32)
+        own = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
+        other = tl.load(gain + pair, mask=d < D, other=0.0).to(tl.float32)
         if ADDS_ONE:
-            first, second = first + 1.0, second + 1.0
+            own, other = own + 1.0, other + 1.0
+    return own, other
+
+
+@triton.jit
+def _turned(own, other, cos, sin, gain, pair_gain, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Heads [rows, D], normalised where the model does, at their positions, in float32; `other`: each number's pair."""
+    own, other = own.to(tl.float32), other.to(tl.float32)
+    if NORM:
+        scale = tl.math.rsqrt(tl.sum(own * own, 1) / D + eps)[:, None]
+        own, other = own * scale * gain[None, :], other * scale * pair_gain[None, :]
+    return own * cos + other * sin
+
+
+@triton.jit
+def _load_own(at, own, d, pair, heads, D: tl.constexpr, TURNS: tl.constexpr):
+    """Keys of the step's own rows [N, D], each number's pair (TURNS), and values; `at`: where the rows' keys lie [N, 1]."""
+    mask = own[:, None] & (d < D)[None, :]
+    k = tl.load(at + d[None, :], mask=mask, other=0.0)
+    other = k
+    if TURNS:  # read again instead of moved between threads
+        other = tl.load(at + pair[None, :], mask=mask, other=0.0)
+    return k, other, tl.load(at + heads * D + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_own(pages, k, v, layer, head, heads, place, inside, d, D: tl.constexpr, CACHE: tl.constexpr):
+    """Put keys and values into the cache, at the storage positions `place`."""
+    base = tl.load(pages + place // _PAGE, mask=inside, other=0)
+    block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
+    plane = tl.multiple_of((layer * 2 * heads + head) * (_PAGE * D), _PAGE)
+    at = (block + place % _PAGE * D)[:, None] + (plane + d)[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    tl.store(at, k, mask=mask)
+    tl.store(at + heads * (_PAGE * D), v.to(CACHE), mask=mask)
+
+
+@triton.jit
+def _ancestors(bits, r0, wanted, BLOCK_R: tl.constexpr):
+    """Rows' ancestors among the step's own rows from r0 on: two words, of which blocks of at most 32 rows need one."""
+    first = tl.load(bits + r0 // 32, mask=wanted, other=0)
+    second = first
+    if BLOCK_R > 32:
+        second = tl.load(bits + r0 // 32 + 1, mask=wanted, other=0)
     return first, second
 
 
 @triton.jit
-def _turned(first, second, cos, sin, gain, second_gain, eps, HALF: tl.constexpr, NORM: tl.constexpr):
-    """Heads [rows, D] in halves, normalised where the model does, at their positions, in float32."""
-    first, second = first.to(tl.float32), second.to(tl.float32)
-    if NORM:
-        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-        scale = tl.math.rsqrt(squares / (2 * HALF) + eps)[:, None]
-        first, second = first * scale * gain[None, :], second * scale * second_gain[None, :]
-    return first * cos - second * sin, second * cos + first * sin
-
-
-@triton.jit
-def _load_own(at, own, d, part, heads, D: tl.constexpr, TURNS: tl.constexpr):
-    """Keys (in halves, TURNS) and values of the step's own rows [N, D]; `at`: where the rows' keys lie [N, 1]."""
-    mask = own[:, None] & (part < D)[None, :]
-    k = tl.load(at + part[None, :], mask=mask, other=0.0)
-    second = k
-    if TURNS:
-        second = tl.load(at + D // 2 + part[None, :], mask=mask, other=0.0)
-    return k, second, tl.load(at + heads * D + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_own(
-    pages, k, second_k, v, layer, head, heads, place, inside, d, half, D: tl.constexpr, CACHE: tl.constexpr
+def _seen(
+    r, last, chain, row, words, more_words, position, oldest, BLOCK_R: tl.constexpr, HAS_WINDOW: tl.constexpr
 ):
-    """Put keys, in halves, and values into the cache, at the storage positions `place`."""
-    base = tl.load(pages + place // _PAGE, mask=inside, other=0)
-    block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
-    plane = tl.multiple_of((layer * 2 * heads + head) * (_PAGE * D), _PAGE)
-    at = (block + place % _PAGE * D)[:, None] + plane
-    tl.store(at + half[None, :], k, mask=inside[:, None])
-    tl.store(at + D // 2 + half[None, :], second_k, mask=inside[:, None])
-    tl.store(at + heads * (_PAGE * D) + d[None, :], v.to(CACHE), mask=inside[:, None])
-
-
-@triton.jit
-def _seen(r, last, chain, row, words, position, oldest, HAS_WINDOW: tl.constexpr):
     """Which of the step's own rows r [N] the rows [M] see: their ancestors and themselves, none before the window.
 
     Args:
-        words: each row's ancestors, of the 32 rows that the rows r are among.
+        words, more_words: what `_ancestors` has read.
         position: the positions of the rows r.
         oldest: the position behind which a row's window begins.
     """
-    bits = ((words[:, None] >> (r & 31)[None, :]) & 1) != 0
-    seen = tl.where(chain, r[None, :] <= row[:, None], bits) & (r < last)[None, :]
+    of_row = words[:, None]
+    if BLOCK_R > 32:
+        of_row = tl.where((r & 32)[None, :] != 0, more_words[:, None], of_row)
+    ancestors = ((of_row >> (r & 31)[None, :]) & 1) != 0
+    seen = tl.where(chain, r[None, :] <= row[:, None], ancestors) & (r < last)[None, :]
     if HAS_WINDOW:
         seen = seen & (oldest[:, None] < position[None, :])
     return seen
@@ -211,7 +222,7 @@ def attention_kernel(
     slots, rows, packed_stride, out_stride, table_stride, layer, window, splits, min_blocks, scale, softcap, eps,
     SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, HAS_WINDOW: tl.constexpr, CACHE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, TURNS: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, TURNS: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles, K, splits): see `tree_attention`. The last share of the cached keys also has the step's own."""
@@ -245,8 +256,8 @@ def attention_kernel(
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    HALF: tl.constexpr = D // 2
-    part = tl.arange(0, HALF if TURNS else BLOCK_D)  # a query's or key's numbers, or those of its first half
+    HALF: tl.constexpr = ROTARY // 2
+    pair = _by_eights(tl.where(d < HALF, d + HALF, tl.where(d < ROTARY, d - HALF, d)), ROTARY)
     query_head = head * GROUP + m % GROUP
     row = tile_row + m // GROUP
     valid = (m < TILE_ROWS * GROUP) & (row < count) & (slot < slots)
@@ -257,21 +268,19 @@ def attention_kernel(
     offsets = tl.arange(0, BLOCK_N)
     key = start + offsets
     wanted = (key < n) & some
-    k, second_k, v = _load_keys(
-        pages, layer, head, heads, start, key, some, wanted, d, part, D, BLOCK_D, CACHE, TURNS, True
-    )
+    k, v = _load_keys(pages, layer, head, heads, start, key, some, wanted, d, D, BLOCK_D, CACHE, True)
     at_position = tl.load(position + step_row, mask=valid, other=0)
     oldest = at_position - window
     r = tl.arange(0, BLOCK_R)
     own = (r < last) & owns
     own_position = tl.load(position + first + r, mask=own, other=0)
     bits = ancestors + step_row * 8
-    words = tl.load(bits, mask=valid & ~chain, other=0)
+    words, more_words = _ancestors(bits, 0, valid & ~chain, BLOCK_R)
     if TURNS:
-        cos, sin = _angles(cosines, at_position, valid, part, HALF)
-        own_cos, own_sin = _angles(cosines, own_position, own, part, HALF)
-        gain, second_gain = _gains(query_gain, part, HALF, NORM, ADDS_ONE)
-        own_gain, own_second_gain = _gains(key_gain, part, HALF, NORM, ADDS_ONE)
+        cos, sin = _angles(cosines, at_position, valid, d, ROTARY)
+        own_cos, own_sin = _angles(cosines, own_position, own, d, ROTARY)
+        gain, pair_gain = _gains(query_gain, d, pair, D, NORM, ADDS_ONE)
+        own_gain, own_pair_gain = _gains(key_gain, d, pair, D, NORM, ADDS_ONE)
     if PDL:
         gdc_wait()
     if split == 0:
@@ -282,21 +291,16 @@ def attention_kernel(
     if idle:
         return
     inside = valid[:, None] & (d[None, :] < D)
-    query_at = (
-        packed + step_row[:, None].to(tl.int64) * packed_stride + query_head[:, None] * D + part[None, :]
-    )
-    query_inside = valid[:, None] & (part < D)[None, :]
-    q = tl.load(query_at, mask=query_inside, other=0.0)
-    second_q = q
+    query_at = packed + step_row[:, None].to(tl.int64) * packed_stride + query_head[:, None] * D
+    q = tl.load(query_at + d[None, :], mask=inside, other=0.0)
     if TURNS:
-        second_q = tl.load(query_at + HALF, mask=query_inside, other=0.0)
+        pair_q = tl.load(query_at + pair[None, :], mask=inside, other=0.0)
     # A row's k heads lie behind its q heads, and its v heads behind these.
     keys_at = packed + (heads * GROUP + head) * D
     own_at = keys_at + (first + r).to(tl.int64)[:, None] * packed_stride
-    new_k, new_second_k, new_v = _load_own(own_at, own, d, part, heads, D, TURNS)
+    new_k, pair_k, new_v = _load_own(own_at, own, d, pair, heads, D, TURNS)
     if TURNS:
-        q, second_q = _turned(q, second_q, cos, sin, gain, second_gain, eps, HALF, NORM)
-        q, second_q = q.to(packed.dtype.element_ty), second_q.to(packed.dtype.element_ty)
+        q = _turned(q, pair_q, cos, sin, gain, pair_gain, eps, D, NORM).to(packed.dtype.element_ty)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -305,129 +309,45 @@ def attention_kernel(
         visible = tl.broadcast_to(wanted[None, :], [BLOCK_M, BLOCK_N])
         if HAS_WINDOW:
             visible = visible & (oldest[:, None] < key[None, :])
-        top, total, acc = _attend(
-            q, second_q, k, second_k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, TURNS, True
-        )
+        top, total, acc = _attend(q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True)
     # Of blocks full of cached keys all rows see all, but for the window; the last one may not be full.
     full = tl.minimum(tl.maximum(n // BLOCK_N, begin + 1), end)
     for block in range(begin + 1, full):
         start = block * BLOCK_N
         key = start + offsets
-        k, second_k, v = _load_keys(
-            pages, layer, head, heads, start, key, True, key >= 0, d, part, D, BLOCK_D, CACHE, TURNS, False
-        )
+        k, v = _load_keys(pages, layer, head, heads, start, key, True, key >= 0, d, D, BLOCK_D, CACHE, False)
         visible = oldest[:, None] < key[None, :]
-        top, total, acc = _attend(
-            q,
-            second_q,
-            k,
-            second_k,
-            v,
-            visible,
-            top,
-            total,
-            acc,
-            scale,
-            softcap,
-            HAS_SOFTCAP,
-            TURNS,
-            HAS_WINDOW,
-        )
+        top, total, acc = _attend(q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, HAS_WINDOW)
     for block in range(tl.maximum(full, begin + 1), end):
         start = block * BLOCK_N
         key = start + offsets
-        k, second_k, v = _load_keys(
-            pages, layer, head, heads, start, key, True, key < n, d, part, D, BLOCK_D, CACHE, TURNS, True
-        )
+        k, v = _load_keys(pages, layer, head, heads, start, key, True, key < n, d, D, BLOCK_D, CACHE, True)
         visible = tl.broadcast_to((key < n)[None, :], [BLOCK_M, BLOCK_N])
         if HAS_WINDOW:
             visible = visible & (oldest[:, None] < key[None, :])
-        top, total, acc = _attend(
-            q, second_q, k, second_k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, TURNS, True
-        )
+        top, total, acc = _attend(q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True)
     if owns:
         if TURNS:
-            new_k, new_second_k = _turned(
-                new_k, new_second_k, own_cos, own_sin, own_gain, own_second_gain, eps, HALF, NORM
-            )
-            new_k, new_second_k = new_k.to(CACHE), new_second_k.to(CACHE)
-            _store_own(
-                pages,
-                new_k,
-                new_second_k,
-                new_v,
-                layer,
-                head,
-                heads,
-                n + r,
-                own & (r >= tile_row),
-                d,
-                part,
-                D,
-                CACHE,
-            )
-        seen = _seen(r, last, chain, row, words, own_position, oldest, HAS_WINDOW)
-        top, total, acc = _attend(
-            q,
-            second_q,
-            new_k,
-            new_second_k,
-            new_v,
-            seen,
-            top,
-            total,
-            acc,
-            scale,
-            softcap,
-            HAS_SOFTCAP,
-            TURNS,
-            True,
-        )
+            new_k = _turned(new_k, pair_k, own_cos, own_sin, own_gain, own_pair_gain, eps, D, NORM).to(CACHE)
+            _store_own(pages, new_k, new_v, layer, head, heads, n + r, own & (r >= tile_row), d, D, CACHE)
+        seen = _seen(r, last, chain, row, words, more_words, own_position, oldest, BLOCK_R, HAS_WINDOW)
+        top, total, acc = _attend(q, new_k, new_v, seen, top, total, acc, scale, softcap, HAS_SOFTCAP, True)
         for r0 in range(BLOCK_R, last, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             own = r < last
             own_position = tl.load(position + first + r, mask=own, other=0)
-            words = tl.load(bits + r0 // 32, mask=valid & ~chain, other=0)
+            words, more_words = _ancestors(bits, r0, valid & ~chain, BLOCK_R)
             own_at = keys_at + (first + r).to(tl.int64)[:, None] * packed_stride
-            new_k, new_second_k, new_v = _load_own(own_at, own, d, part, heads, D, TURNS)
+            new_k, pair_k, new_v = _load_own(own_at, own, d, pair, heads, D, TURNS)
             if TURNS:
-                own_cos, own_sin = _angles(cosines, own_position, own, part, HALF)
-            if TURNS:
-                new_k, new_second_k = _turned(
-                    new_k, new_second_k, own_cos, own_sin, own_gain, own_second_gain, eps, HALF, NORM
+                own_cos, own_sin = _angles(cosines, own_position, own, d, ROTARY)
+                new_k = _turned(new_k, pair_k, own_cos, own_sin, own_gain, own_pair_gain, eps, D, NORM).to(
+                    CACHE
                 )
-                new_k, new_second_k = new_k.to(CACHE), new_second_k.to(CACHE)
-                _store_own(
-                    pages,
-                    new_k,
-                    new_second_k,
-                    new_v,
-                    layer,
-                    head,
-                    heads,
-                    n + r,
-                    own & (r >= tile_row),
-                    d,
-                    part,
-                    D,
-                    CACHE,
-                )
-            seen = _seen(r, last, chain, row, words, own_position, oldest, HAS_WINDOW)
+                _store_own(pages, new_k, new_v, layer, head, heads, n + r, own & (r >= tile_row), d, D, CACHE)
+            seen = _seen(r, last, chain, row, words, more_words, own_position, oldest, BLOCK_R, HAS_WINDOW)
             top, total, acc = _attend(
-                q,
-                second_q,
-                new_k,
-                new_second_k,
-                new_v,
-                seen,
-                top,
-                total,
-                acc,
-                scale,
-                softcap,
-                HAS_SOFTCAP,
-                TURNS,
-                True,
+                q, new_k, new_v, seen, top, total, acc, scale, softcap, HAS_SOFTCAP, True
             )
 
     total = tl.where(total > 0, total, 1.0)
