@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shoestring.decoding.drafters.protocol import Context, Draft, Drafter, StepObservation
+from shoestring.decoding.drafters.protocol import NO_DRAFT, Context, Draft, Drafter, StepObservation
 from shoestring.decoding.stopping import Stopping
 from shoestring.decoding.verify import verify
 from shoestring.engine.runner import Outputs, Runner, StepResult, free_slot
@@ -55,7 +55,7 @@ class _Sequence:
     context: Context
     pending: list[int]  # accepted tokens that are not in the cache yet
     steps: int = 0
-    draft: Draft = field(default_factory=Draft)
+    draft: Draft = field(default_factory=lambda: NO_DRAFT)
 
     @property
     def cached(self) -> int:
@@ -73,7 +73,7 @@ class _Flight:
     settled: bool
 
 
-@dataclass
+@dataclass(slots=True)
 class _Landed:
     """What a step gave a sequence; its text may still be to come."""
 
@@ -243,9 +243,11 @@ def _land(runner: Runner, active: list[_Sequence], flight: _Flight) -> list[_Lan
 def _propose(runner: Runner, sequence: _Sequence, batch: int) -> Draft:
     drafter = sequence.request.drafter
     if drafter is None:
-        return Draft()
+        return NO_DRAFT
     sequence.context.batch = batch
     proposed = drafter.propose(sequence.context, MOST_DRAFT_ROWS // batch)
+    if proposed is NO_DRAFT:
+        return NO_DRAFT
     draft = proposed if isinstance(proposed, Draft) else Draft.of(proposed)
     limit = runner.max_positions
     if limit is not None:
@@ -267,6 +269,8 @@ def _propose(runner: Runner, sequence: _Sequence, batch: int) -> Draft:
 
 def _tree(pending: list[int], draft: Draft) -> TokenTree:
     first = len(pending)
+    if not draft.tokens:
+        return TokenTree.chain([*pending])
     embeddings = None
     if draft.embeddings:
         embeddings = {first + node: vector for node, vector in draft.embeddings.items()}
@@ -325,6 +329,8 @@ def _given_out(landed: list[_Landed]) -> Iterator[Emission]:
 
 def _trace(request: Request, draft: Draft, path: list[int], root: int) -> dict[str, tuple[int, int]]:
     """Rows drafted and accepted in this step, by source."""
+    if not draft.tokens:
+        return {}
     owners, fallback = draft.owners, [getattr(request.drafter, "name", "drafter")]
     drafted: dict[str, int] = {}  # a Counter takes several times as long, at every step
     for node in range(len(draft)):

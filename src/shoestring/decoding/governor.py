@@ -24,6 +24,7 @@ _OUTLIER = 3  # times the median of drafting steps: more says something of the m
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
 _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where they lose again and again
 _NOTICED = 0.005  # of a step's seconds: a smaller correction is not worth planning anew for
+_CORRECTED_AFTER = 16  # plain steps, where drafts rest for long: planning does not need them sooner
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
@@ -80,6 +81,8 @@ class Governor:
         self._measured: StepCost | None = None
         self._cost: StepCost | None = None
         self._stale = False
+        self._uncorrected = 0
+        """Plain steps that have not corrected the cost yet."""
         # Factors of the measured seconds, None where no step was seen.
         self._corrections: list[float | None] = []
         # By measured row count, the nearest one that has a correction.
@@ -155,7 +158,10 @@ class Governor:
         times = self._times[self._sequences]
         if not self._drafted:
             times.plain.append(seconds)
-            self._correct(self._rows, _median(times.plain))
+            self._uncorrected += 1
+            if account.resting <= 1 or self._uncorrected >= _CORRECTED_AFTER:
+                self._correct(self._rows, _median(times.plain))
+                self._uncorrected = 0
             account.resting, account.owed, account.since_plain = (
                 account.resting - 1,
                 max(0, account.owed - 1),
@@ -195,8 +201,9 @@ class Governor:
         factor, known = seconds / measured.of(rows), self._corrections[nearest]
         if not self._drafted:
             # What a plain step takes is a median already; other corrections fade towards its own.
+            faded = 1 - (1 - _FADING) ** self._uncorrected
             self._corrections = [
-                None if other is None else other + _FADING * (factor - other) for other in self._corrections
+                None if other is None else other + faded * (factor - other) for other in self._corrections
             ]
             known = None
         self._corrections[nearest] = factor if known is None else known + _WEIGHT * (factor - known)

@@ -47,6 +47,9 @@ class TokenTree:
                 f"a token tree needs rows and one parent per row, the first -1: "
                 f"{len(tokens)} tokens, parents {list(parents[:4])}"
             )
+        if len(tokens) == 1 and tokens[0] >= 0:  # a plain step
+            object.__setattr__(self, "depths", [0])
+            return
         depths = [0] * len(tokens)
         for row in range(1, len(tokens)):
             parent = parents[row]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from shoestring.decoding.drafters.protocol import Context, Draft, Drafter, StepObservation
+from shoestring.decoding.drafters.protocol import NO_DRAFT, Context, Draft, Drafter, StepObservation
 from shoestring.decoding.governor import Governor
 
 __all__ = ["GovernedDrafter"]
@@ -29,10 +29,10 @@ class GovernedDrafter:
     def propose(self, context: Context, budget: int) -> Draft | Sequence[Sequence[int]]:
         """The drafter's proposal, or nothing."""
         self._resting = context.reads_prompt or not self._governor.drafts(context.batch)
-        return Draft() if self._resting else self._drafter.propose(context, budget)
+        return NO_DRAFT if self._resting else self._drafter.propose(context, budget)
 
     def observe(self, step: StepObservation) -> None:
         """Time the step; the drafter sees those that it drafted for."""
-        self._governor.ends(len(step.emitted), 1 + len(step.draft), counts=step.typical)
         if not self._resting:
             self._drafter.observe(step)
+        self._governor.ends(len(step.emitted), 1 + len(step.draft.tokens), counts=step.typical)

@@ -11,7 +11,7 @@ import numpy as np
 
 from shoestring.decoding.drafters.guesses import make_guesses
 from shoestring.decoding.drafters.pass_tokens import LookAheadRows
-from shoestring.decoding.drafters.protocol import Context, Draft, StepObservation
+from shoestring.decoding.drafters.protocol import NO_DRAFT, Context, Draft, StepObservation
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates
 from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
@@ -79,7 +79,7 @@ class MergedDrafter:
         token; it competes for rows with the drafted tokens.
         """
         if self._governor is not None and (context.reads_prompt or not self._governor.drafts(context.batch)):
-            return Draft()
+            return NO_DRAFT
         guesses = self._guesses
         guesses.extend(context.tokens[len(guesses) :])
         # A budget of the user's is obeyed; the measured cost only reaches as far as it was measured.
@@ -108,14 +108,15 @@ class MergedDrafter:
     def observe(self, step: StepObservation) -> None:
         """Count which guesses came true along the accepted path, then remember all rows' successors."""
         draft = step.draft
-        if self._governor is not None:
-            self._governor.ends(len(step.emitted), 1 + len(draft), counts=step.typical)
-        if not draft.top_k:  # a plain step: nothing was guessed
+        if draft.top_k:
+            predictions = self._predictions
             if self._ahead is not None:
-                self._ahead.forget()
-            return
-        predictions = self._predictions
-        if self._ahead is not None:
-            self._ahead.read(step)
-        likely = step.every_top_k()
-        self._guesses.observe(step.emitted, predictions, draft.tokens, draft.parents, step.accepted, likely)
+                self._ahead.read(step)
+            likely = step.every_top_k()
+            self._guesses.observe(
+                step.emitted, predictions, draft.tokens, draft.parents, step.accepted, likely
+            )
+        elif self._ahead is not None:  # a plain step: nothing was guessed
+            self._ahead.forget()
+        if self._governor is not None:  # last: what this took is the drafts' time, too
+            self._governor.ends(len(step.emitted), 1 + len(draft.tokens), counts=step.typical)

@@ -10,7 +10,7 @@ from torch import Tensor
 from shoestring.engine.runner import RowResults
 from shoestring.engine.tokentree import NO_TOKEN
 
-__all__ = ["ROOT", "Context", "Draft", "Drafter", "StepObservation"]
+__all__ = ["NO_DRAFT", "ROOT", "Context", "Draft", "Drafter", "StepObservation"]
 
 ROOT = -1
 """The parent of a draft's first tokens: the last accepted token, row 0 of the step."""
@@ -120,7 +120,11 @@ class Draft:
         return len(self.tokens)
 
 
-@dataclass(frozen=True)
+NO_DRAFT = Draft()
+"""Nothing, from a drafter that rests; nobody changes it."""
+
+
+@dataclass(slots=True)
 class StepObservation:
     """What became of a draft: the tokens that the step emitted, and every wanted row's results.
 
