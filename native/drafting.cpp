@@ -342,6 +342,7 @@ Drafted Guesses::draft(size_t most, double least, const Predictions& predictions
   }
   Plan plan = plan_rows(grown.parents, grown.chances, gains, least_value, most, seconds);
   Drafted drafted{std::move(grown.tokens), std::move(grown.parents), std::move(grown.sources), std::move(plan.chains)};
+  for (size_t node = 0; node < plan.kept; ++node) drafted.expected += grown.chances[node];
   drafted.tokens.resize(plan.kept);
   drafted.parents.resize(plan.kept);
   drafted.sources.resize(plan.kept);

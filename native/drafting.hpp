@@ -74,6 +74,7 @@ struct Drafted {
   std::vector<int32_t> tokens, parents;
   std::vector<int> sources;
   std::vector<std::pair<int32_t, int32_t>> chains;  // node, look-ahead rows below it; in the rows' order
+  double expected = 1;                              // tokens that the step gives, by the nodes' chances
 };
 
 class Guesses {

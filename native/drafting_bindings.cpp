@@ -89,7 +89,7 @@ void bind_drafting(nb::module_& module) {
               size_t ahead, double least_value) {
              Drafted drafted =
                  self.guesses.draft(count_of(most), least, predictions, seconds_of(seconds), ahead, least_value);
-             return nb::make_tuple(drafted.tokens, drafted.parents, drafted.sources, drafted.chains);
+             return nb::make_tuple(drafted.tokens, drafted.parents, drafted.sources, drafted.chains, drafted.expected);
            },
            nb::arg("most"), nb::arg("least"), nb::arg("predictions"), nb::arg("seconds").none(), nb::arg("ahead"),
            nb::arg("least_value"))

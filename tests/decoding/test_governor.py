@@ -156,6 +156,50 @@ def test_one_slow_step_is_no_verdict():
     assert sum(after[hiccup + 1 :]) > 100
 
 
+def test_what_a_drafter_expects_spares_it_the_verdict_of_bad_luck():
+    """Drafts that win on average go on where luck alone would have them rest."""
+
+    def drafted(seed, expected):
+        clock, chance = Clock(), random.Random(seed)
+        governor = Governor(clock=clock)
+        count = 0
+        for _ in range(600):
+            drafts = governor.drafts()
+            count += drafts
+            clock.now += 2.0 if drafts else 1.0
+            tokens = chance.choice([1, 1, 1, 6]) if drafts else 1  # 2.25 on average
+            governor.ends(tokens, 24 if drafts else 1, expected if drafts else None)
+        return count
+
+    assert sum(drafted(seed, 2.25) > 500 for seed in range(20)) >= 16
+    assert sum(drafted(seed, None) > 500 for seed in range(20)) <= 4
+
+
+def test_a_drafter_that_promises_too_much_is_found_out():
+    clock = Clock()
+    governor = Governor(clock=clock)
+    drafted = []
+    for _ in range(1000):
+        drafted.append(governor.drafts())
+        clock.now += 1.5 if drafted[-1] else 1.0
+        governor.ends(1, 24 if drafted[-1] else 1, 2.0 if drafted[-1] else None)
+    assert sum(drafted) < 80
+
+
+def test_a_plain_step_behind_drafts_says_nothing_of_plain_steps():
+    clock = Clock()
+    governor = Governor(clock=clock, refresh=8)
+    drafted, before = [], False
+    for _ in range(400):
+        drafts = governor.drafts()
+        drafted.append(drafts)
+        # Drafts lose a little, but not against the step that comes right behind them.
+        clock.now += 1.25 if drafts else 1.5 if before else 1.0
+        before = drafts
+        governor.ends(1.2 if drafts else 1)
+    assert sum(drafted[:200]) < 200 - 40, "they were found out"
+
+
 def test_sequences_share_the_verdict():
     drafted = run(100, plain=2.0, drafting=5.0, accepted=lambda step: 2, sequences=4)
     assert sum(drafted) < 40

@@ -42,7 +42,9 @@ def grown(guesses, most, least, predictions, seconds=None):
 
 def drafted(guesses, most, *arguments):
     """A draft, whose look-ahead rows stand where its pairs say."""
-    tokens, parents, sources, chains = map(list, guesses.draft(most, *arguments))
+    *columns, expected = guesses.draft(most, *arguments)
+    tokens, parents, sources, chains = map(list, columns)
+    assert expected >= 1
     assert len(tokens) == len(parents) == len(sources) <= max(most, 0)
     row = kept = len(tokens) - sum(rows for _, rows in chains)
     assert NO_TOKEN not in tokens[:kept]
@@ -52,7 +54,7 @@ def drafted(guesses, most, *arguments):
         row += rows
     assert tokens[kept:] == [NO_TOKEN] * (row - kept)
     assert sources[kept:] == [len(SOURCES)] * (row - kept)
-    return tokens, parents, sources, chains
+    return tokens, parents, sources, chains, expected
 
 
 def some_seconds(chance, most):

@@ -25,6 +25,10 @@ _WEIGHT = 0.25  # of a new time against what was known of steps of about as many
 _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where they lose again and again
 _NOTICED = 0.005  # of a step's seconds: a smaller correction is not worth planning anew for
 _CORRECTED_AFTER = 16  # plain steps, where drafts rest for long: planning does not need them sooner
+_TRUSTED, _LATELY = (
+    24.0,
+    64,
+)  # tokens that a drafter is believed from the first, and steps that count against it
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
@@ -48,6 +52,15 @@ class _Account:
     """What drafts have won, in plain steps."""
     patience: int = 1
     since_plain: int = 0
+    given: float = _TRUSTED
+    """Tokens that drafting steps gave lately, after some that gave just what was expected."""
+    expected: float = _TRUSTED
+
+    def promise(self, tokens: float, expected: float) -> float:
+        """How many tokens steps give for each that is expected, this one included."""
+        self.given += tokens - self.given / _LATELY
+        self.expected += expected - self.expected / _LATELY
+        return self.given / self.expected
 
 
 class Governor:
@@ -62,7 +75,7 @@ class Governor:
         allowance: what they may lose in the long run, of the plain steps' time.
         credit: what earlier wins may make up for, likewise.
         first: plain steps that come first, the first of them to warm up.
-        refresh: a plain step is taken after so many drafting ones, so that its cost stays known.
+        refresh: two plain steps are taken after so many drafting ones, so that their cost stays known.
         clock: seconds.
     """
 
@@ -72,7 +85,7 @@ class Governor:
         allowance: float = 0.025,
         credit: float = 12.0,
         first: int = 4,
-        refresh: int = 32,
+        refresh: int = 64,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._limit, self._allowance, self._credit = limit, allowance, credit
@@ -81,6 +94,7 @@ class Governor:
         self._measured: StepCost | None = None
         self._cost: StepCost | None = None
         self._stale = False
+        self._drafted_before = False
         self._uncorrected = 0
         """Plain steps that have not corrected the cost yet."""
         # Factors of the measured seconds, None where no step was seen.
@@ -91,6 +105,7 @@ class Governor:
         self._ended = 0.0
         self._drafted, self._counts, self._sequences = False, True, 1
         self._asked = self._told = self._tokens = self._rows = 0
+        self._expected = 0.0
         self._accounts: dict[int, _Account] = {}
         self._times: dict[int, _Times] = {}
 
@@ -125,6 +140,7 @@ class Governor:
             self._finish()
             self._began, self._sequences, self._counts = self._clock(), sequences, True
             self._asked = self._told = self._tokens = self._rows = 0
+            self._expected = 0.0
             times = self._times.get(sequences)
             if times is None:
                 times = self._times[sequences] = _Times()
@@ -132,10 +148,15 @@ class Governor:
         self._asked += 1
         return self._drafted
 
-    def ends(self, tokens: int, rows: int = 1, counts: bool = True) -> None:
-        """The step took so many rows of one sequence and emitted tokens; one that also read a prompt does not count."""
+    def ends(self, tokens: int, rows: int = 1, expected: float | None = None, counts: bool = True) -> None:
+        """The step took so many rows of one sequence and emitted tokens; one that also read a prompt does not count.
+
+        Args:
+            expected: the tokens that the drafter foresaw, where it has an idea.
+        """
         self._told += 1
         self._tokens += tokens
+        self._expected += tokens if expected is None else expected
         self._rows += rows
         self._ended = self._clock()
         self._counts = self._counts and counts
@@ -154,10 +175,13 @@ class Governor:
         if self._began is None or not self._told or not self._counts or self._asked < self._sequences:
             return  # nothing was told, or some of its sequences read their prompts
         # A sequence that has ended tells nothing of its last step.
-        seconds, share, account = self._ended - self._began, self._tokens / self._told, self._account
+        seconds, account = self._ended - self._began, self._account
         times = self._times[self._sequences]
         if not self._drafted:
-            times.plain.append(seconds)
+            # The first one after drafts switches graphs and gives out their tokens: it is no plain step's time.
+            if not self._drafted_before or not times.plain:
+                times.plain.append(seconds)
+            self._drafted_before = False
             self._uncorrected += 1
             if account.resting <= 1 or self._uncorrected >= _CORRECTED_AFTER:
                 self._correct(self._rows, _median(times.plain))
@@ -168,17 +192,19 @@ class Governor:
                 0,
             )
             return
+        self._drafted_before = True
         if self._rows > self._told:
             self._correct(self._rows, seconds)
         account.since_plain += 1
         if account.since_plain >= self._refresh:
-            account.resting = 1
+            account.resting = 2
         plain = _median(times.plain) if times.plain else 0.0
         if plain <= 0:
             return
         times.drafting.append(seconds)
         # Drafts differ in rows, so that their median would hide what the wide ones take.
         took = min(seconds, _OUTLIER * _median(times.drafting))
+        share = self._expected / self._told * account.promise(self._tokens, self._expected)
         won = share - took / plain
         account.balance = min(self._credit, account.balance + won)
         if account.balance >= self._credit / 2:

@@ -31,8 +31,9 @@ Predictions = Sequence[Sequence[int]]
 """Per position after the last token, tokens that may stand there, best first (PaSS)."""
 Grown = tuple[list[int], list[int], list[int], list[float]]
 """Nodes in the order in which they were taken: tokens, parents, sources (an index of `SOURCES`), chances."""
-Drafted = tuple[list[int], list[int], list[int], list[tuple[int, int]]]
-"""A step's rows, nodes before look-ahead rows: tokens, parents, sources; and (node or `ROOT`, look-ahead rows below it).
+Drafted = tuple[list[int], list[int], list[int], list[tuple[int, int]], float]
+"""A step's rows, nodes before look-ahead rows: tokens, parents, sources; (node or `ROOT`, look-ahead rows below it); and
+the tokens that the step is expected to give.
 
 A look-ahead row's token is `NO_TOKEN`, and its source `len(SOURCES)`. They stand in the order of the pairs.
 """
@@ -251,11 +252,13 @@ class PlainGuesses:
         gains = list(itertools.accumulate(alone, min))
         count, chains = plan_rows(parents[: len(chances)], chances, gains, least_value, most, seconds)
         tokens, parents, sources = tokens[:count], parents[:count], sources[:count]
+        # Added up in order, as the native guesses do.
+        expected = functools.reduce(operator.add, chances[:count], 1.0)
         for node, rows in chains:
             parents += [node, *range(len(tokens), len(tokens) + rows - 1)]
             tokens += [NO_TOKEN] * rows
             sources += [len(SOURCES)] * rows
-        return tokens, parents, sources, chains
+        return tokens, parents, sources, chains, expected
 
     def observe(
         self,

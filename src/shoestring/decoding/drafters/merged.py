@@ -60,6 +60,7 @@ class MergedDrafter:
         self._rates = rates or AcceptanceRates(look_ahead.priors if look_ahead else None)
         self._ahead = LookAheadRows(look_ahead, min(_CANDIDATES, top_k)) if look_ahead else None
         self._governor = governor
+        self._expected = 1.0
         self._guesses = make_guesses(self._rates, _LONGEST)
         if known is not None:
             self._guesses.set_known(known)
@@ -92,7 +93,7 @@ class MergedDrafter:
         least = 0.0 if cost is None else _LEAST_CHANCE
         seconds = None if cost is None else cost.table(max(most, 0), context.batch)
         ahead = 0 if self._ahead is None else min(len(self._ahead), _MOST_POSITIONS)
-        tokens, parents, sources, chains = guesses.draft(
+        tokens, parents, sources, chains, self._expected = guesses.draft(
             most, least, self._predictions, seconds, ahead, _LEAST_VALUE
         )
         owners = dict(enumerate(map(_OWNERS.__getitem__, sources)))
@@ -119,4 +120,5 @@ class MergedDrafter:
         elif self._ahead is not None:  # a plain step: nothing was guessed
             self._ahead.forget()
         if self._governor is not None:  # last: what this took is the drafts' time, too
-            self._governor.ends(len(step.emitted), 1 + len(draft.tokens), counts=step.typical)
+            expected = self._expected if draft.top_k else None
+            self._governor.ends(len(step.emitted), 1 + len(draft.tokens), expected, counts=step.typical)
