@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -76,6 +77,23 @@ def test_measuring_leaves_the_runner_as_it_was():
     assert progress[0] == (0, len(ROW_COUNTS))
     assert progress[-1] == (len(ROW_COUNTS), len(ROW_COUNTS))
     assert not runner.slots
+
+
+def test_what_else_the_machine_does_is_not_remembered(monkeypatch):
+    """Two of three steps are kept waiting by something else."""
+    runner, now, steps = runner_of("llama"), [0.0], itertools.count()
+
+    def step(trees, want=None):
+        results = original(trees, want) if want is not None else original(trees)
+        rows = sum(map(len, trees.values()))
+        now[0] += (0.010 + 0.001 * rows) * (1 if next(steps) % 3 == 0 else 7)
+        return results
+
+    original = runner.step
+    monkeypatch.setattr(runner, "step", step)
+    monkeypatch.setattr("shoestring.decoding.tune.time.perf_counter", lambda: now[0])
+    cost = measure_step_cost(runner, rows=(1, 8, 16), repetitions=6)
+    assert cost.seconds == pytest.approx((0.011, 0.018, 0.026))
 
 
 def test_a_runner_that_rounds_rows_up_is_measured_where_it_rounds_to(tmp_path, monkeypatch):
