@@ -1,6 +1,6 @@
 """The decoding loop: draft, merge into one packed step, verify, commit, yield."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoestring.decoding.drafters.protocol import NO_DRAFT, Context, Draft, Drafter, StepObservation
@@ -56,6 +56,8 @@ class _Sequence:
     pending: list[int]  # accepted tokens that are not in the cache yet
     steps: int = 0
     draft: Draft = field(default_factory=lambda: NO_DRAFT)
+    rested: Callable[[int, bool], None] | None = None
+    """The drafter's own, which is told of a step that it has rested in."""
 
     @property
     def cached(self) -> int:
@@ -147,6 +149,7 @@ def _open(runner: Runner, index: int, request: Request) -> _Sequence:
     check_prompt(runner, prompt)
     reused = runner.open(slot, request.sampling, prompt)
     sequence = _Sequence(index, request, slot, Context(prompt, len(prompt)), prompt[reused:])
+    sequence.rested = getattr(request.drafter, "rested", None)
     if request.drafter is not None:
         try:
             request.drafter.begin(prompt)
@@ -228,7 +231,11 @@ def _land(runner: Runner, active: list[_Sequence], flight: _Flight) -> list[_Lan
         sequence.context.tokens.extend(emitted[:kept])
         sequence.pending = emitted[kept - 1 : kept]
         sequence.steps += 1
-        if request.drafter is not None and not reason:
+        if request.drafter is None or reason:
+            continue
+        if draft is NO_DRAFT and sequence.rested is not None:
+            sequence.rested(len(emitted), flight.settled and first == 0)
+        else:
             accepted = [row - first - 1 for row in path[1:]]
             seen = StepObservation(
                 sequence.context, draft, emitted, accepted, results, first + 1, flight.settled

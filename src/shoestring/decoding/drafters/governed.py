@@ -18,7 +18,6 @@ class GovernedDrafter:
 
     def __init__(self, drafter: Drafter, governor: Governor) -> None:
         self._drafter, self._governor = drafter, governor
-        self._resting = False
         self.name = getattr(drafter, "name", type(drafter).__name__)
 
     def begin(self, prompt: Sequence[int]) -> None:
@@ -28,11 +27,15 @@ class GovernedDrafter:
 
     def propose(self, context: Context, budget: int) -> Draft | Sequence[Sequence[int]]:
         """The drafter's proposal, or nothing."""
-        self._resting = context.reads_prompt or not self._governor.drafts(context.batch)
-        return NO_DRAFT if self._resting else self._drafter.propose(context, budget)
+        if context.reads_prompt or not self._governor.drafts(context.batch):
+            return NO_DRAFT
+        return self._drafter.propose(context, budget)
 
     def observe(self, step: StepObservation) -> None:
-        """Time the step; the drafter sees those that it drafted for."""
-        if not self._resting:
-            self._drafter.observe(step)
+        """Time a step that the drafter drafted for, and let it see it."""
+        self._drafter.observe(step)
         self._governor.ends(len(step.emitted), 1 + len(step.draft.tokens), counts=step.typical)
+
+    def rested(self, tokens: int, typical: bool) -> None:
+        """Time a step that it did not draft for."""
+        self._governor.ends(tokens, counts=typical)

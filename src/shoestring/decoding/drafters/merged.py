@@ -109,16 +109,17 @@ class MergedDrafter:
     def observe(self, step: StepObservation) -> None:
         """Count which guesses came true along the accepted path, then remember all rows' successors."""
         draft = step.draft
-        if draft.top_k:
-            predictions = self._predictions
-            if self._ahead is not None:
-                self._ahead.read(step)
-            likely = step.every_top_k()
-            self._guesses.observe(
-                step.emitted, predictions, draft.tokens, draft.parents, step.accepted, likely
-            )
-        elif self._ahead is not None:  # a plain step: nothing was guessed
-            self._ahead.forget()
+        predictions = self._predictions
+        if self._ahead is not None:
+            self._ahead.read(step)
+        likely = step.every_top_k()
+        self._guesses.observe(step.emitted, predictions, draft.tokens, draft.parents, step.accepted, likely)
         if self._governor is not None:  # last: what this took is the drafts' time, too
-            expected = self._expected if draft.top_k else None
-            self._governor.ends(len(step.emitted), 1 + len(draft.tokens), expected, counts=step.typical)
+            self._governor.ends(len(step.emitted), 1 + len(draft.tokens), self._expected, counts=step.typical)
+
+    def rested(self, tokens: int, typical: bool) -> None:
+        """A plain step: nothing was guessed."""
+        if self._ahead is not None:
+            self._ahead.forget()
+        if self._governor is not None:
+            self._governor.ends(tokens, counts=typical)

@@ -179,6 +179,10 @@ class Drafter(Protocol):
 
     `propose` may return a `Draft` or plain lists of tokens. A draft that is clipped at the context limit is
     observed as clipped (`step.draft` is then another object than was proposed).
+
+    A drafter may have two methods more. `close()` gives back what it holds when its sequence ends. `rested(tokens,
+    typical)` is called instead of `observe` where it proposed `NO_DRAFT`: the step gave so many tokens, and its time can
+    be compared with that of others or not.
     """
 
     def begin(self, prompt: Sequence[int]) -> None:
