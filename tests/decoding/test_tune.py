@@ -115,6 +115,9 @@ def test_a_measured_cost_is_remembered(tmp_path):
     stored = {"rows": [1, 2], "seconds": [0.25, 0.5], "stairs": False}
     path.write_text(json.dumps(stored))
     assert remembered_step_cost(runner_of("llama"), path) == StepCost((1, 2), (0.25, 0.5)) != cost
+    anew = remembered_step_cost(runner_of("llama"), path, anew=True)
+    assert anew.rows == ROW_COUNTS
+    assert remembered_step_cost(runner_of("llama"), path) == anew
 
 
 @pytest.mark.parametrize(

@@ -183,20 +183,12 @@ def fingerprint(runner: Runner, config: dict[str, Any], dtype: str, device: torc
 
 
 def remembered_step_cost(
-    runner: Runner, path: Path, progress: Callable[[int, int], None] | None = None
+    runner: Runner, path: Path, progress: Callable[[int, int], None] | None = None, anew: bool = False
 ) -> StepCost:
-    """The cost in the file `path`, or a new measurement written there."""
-    try:
-        stored = json.loads(path.read_text())
-        stairs = bool(stored["stairs"])
-        cost = StepCost(tuple(map(int, stored["rows"])), tuple(map(float, stored["seconds"])), stairs)
-        ordered = all(fewer < more for fewer, more in pairwise((0, *cost.rows)))
-        positive = all(0 < value < math.inf for value in cost.seconds)
-        whole = len(cost.rows) == len(cost.seconds) and stairs == bool(runner.row_sizes)
-        if cost.rows and whole and ordered and positive:
-            return cost
-    except (OSError, ValueError, KeyError, TypeError):
-        cost = None  # not measured yet, or not by this version: measure
+    """The cost in the file `path`, or a new measurement written there (`anew`: in any case)."""
+    remembered = None if anew else _read(path, stairs=bool(runner.row_sizes))
+    if remembered is not None:
+        return remembered
     cost = measure_step_cost(runner, progress=progress)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,3 +198,18 @@ def remembered_step_cost(
     except OSError:
         return cost  # a read-only cache only costs the measurement again next time
     return cost
+
+
+def _read(path: Path, stairs: bool) -> StepCost | None:
+    """A remembered cost; None where there is none, or none that this version has written for such a runner."""
+    try:
+        stored = json.loads(path.read_text())
+        cost = StepCost(
+            tuple(map(int, stored["rows"])), tuple(map(float, stored["seconds"])), bool(stored["stairs"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    ordered = all(fewer < more for fewer, more in pairwise((0, *cost.rows)))
+    positive = all(0 < value < math.inf for value in cost.seconds)
+    whole = bool(cost.rows) and len(cost.rows) == len(cost.seconds) and cost.stairs == stairs
+    return cost if whole and ordered and positive else None

@@ -267,12 +267,16 @@ class LanguageModel:
         check_prompt(self.runner, tokens)
         return tokens
 
-    def step_cost(self) -> StepCost:
-        """Seconds of a step by its rows: measured once per model and machine, then remembered in the cache."""
-        if self._step_cost is None:
+    def step_cost(self, anew: bool = False) -> StepCost:
+        """Seconds of a step by its rows: measured once per model and machine, then remembered in the cache.
+
+        Args:
+            anew: measure it now, whatever is remembered: the machine may have been busy then.
+        """
+        if self._step_cost is None or anew:
             path = hub.cache_root() / "step-cost" / f"{self._fingerprint()}.json"
             report = functools.partial(self._progress, "measure") if self._progress else None
-            self._step_cost = remembered_step_cost(self.runner, path, report)
+            self._step_cost = remembered_step_cost(self.runner, path, report, anew)
         return self._step_cost
 
     def successors(self) -> np.ndarray | None:
