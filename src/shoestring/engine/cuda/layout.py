@@ -140,7 +140,7 @@ class HostLayout:
     The copy is asynchronous: don't fill again before the step that reads it has been waited for.
 
     Args:
-        native: let the native part fill it where that is installed: the same in a fifth of the time.
+        native: let the native part fill it where that is installed; else its plain twin here does.
     """
 
     def __init__(self, device_layout: DeviceLayout, native: bool = True) -> None:
@@ -239,7 +239,7 @@ class HostLayout:
         moves: Sequence[Moves],
         own: Mapping[int, Sequence[int]] | None,
     ) -> dict[int, int]:
-        """The three below, greedily drawn."""
+        """What `_fill_trees`, `_fill_outputs` and `_fill_moves` do."""
         laid, first = [], 0
         for slot, tree in trees.items():
             rows: Sequence[int] = ()
