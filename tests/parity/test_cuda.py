@@ -24,6 +24,7 @@ from driving import assert_driven_alike, assert_embeddings_and_masks_alike, rand
 
 from shoestring.decoding.decode import decode
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
+from shoestring.engine.cuda.graphs import BucketStep
 from shoestring.engine.cuda.loading import runner_of_module
 from shoestring.engine.cuda.runner import CudaRunner
 from shoestring.engine.native_weights import named_weights
@@ -110,7 +111,7 @@ def test_a_step_is_read_late_although_another_stream_has_stepped(monkeypatch, sa
         assert_plain(plain, prompt, tokens, sampling)
 
 
-def test_warmed_up_steps_capture_nothing_and_give_the_same_tokens():
+def test_warmed_up_steps_launch_nothing_and_give_the_same_tokens(monkeypatch):
     runner, plain = fused("qwen3"), plain_model("qwen3")
     progress = []
     runner.warm_up(2, lambda *state: progress.append(state))
@@ -119,7 +120,9 @@ def test_warmed_up_steps_capture_nothing_and_give_the_same_tokens():
     if not runner.steps.graphs:
         return
     captured = runner.steps.capture_seconds
-    prompts = [prompt_of(5), prompt_of(9, seed=1)]
+    monkeypatch.setattr(BucketStep, "launch", None)
+    # The first piece of the long one has no outputs.
+    prompts = [prompt_of(5), prompt_of(300, seed=1)]
     for prompt, tokens in zip(
         prompts, run(runner, [request(prompt, LookaheadDrafter(3, 3, 3)) for prompt in prompts]), strict=True
     ):
@@ -149,6 +152,33 @@ def test_a_long_prompt_passes_in_pieces_and_is_reused(monkeypatch):
         expected = plain(torch.tensor([longer]), use_cache=False).logits[0, -1]
     torch.testing.assert_close(logits.cpu(), expected, atol=1e-4, rtol=1e-4)
     runner.release(0)
+
+
+def test_pieces_of_several_slots_share_passes(monkeypatch):
+    from shoestring.engine.cuda import runner as module
+
+    monkeypatch.setattr(module, "GRAPH_ROWS", 12)
+    passes = []
+    pass_ = CudaRunner._pass
+
+    def counted(self, trees, *arguments):
+        passes.append(sum(map(len, trees.values())))
+        return pass_(self, trees, *arguments)
+
+    monkeypatch.setattr(CudaRunner, "_pass", counted)
+    chance = random.Random(8)
+    sizes = [
+        {0: ("chain", 9), 1: ("chain", 7), 2: ("tree", 10)},
+        {2: ("chain", 14), 0: ("tree", 3), 1: ("chain", 1)},
+    ]
+    script = [
+        {slot: random_tree(chance, rows, kind) for slot, (kind, rows) in step.items()} for step in sizes
+    ]
+    assert_driven_alike([runner_of("qwen3"), fused("qwen3")], script, layers=(0, 2))
+    # 9 + 3 and 4 of the chains, and 10 rows that branch anywhere; then 12, 2 with 3 and 1.
+    assert sum(passes) == 26 + 18
+    assert len(passes) <= 3 + 2
+    assert max(passes) <= 12
 
 
 def test_rows_may_bring_embeddings_and_masks_of_allowed_tokens():

@@ -177,13 +177,13 @@ class Decoder:
         plan: AttentionPlan,
         workspace: Workspace,
         buffers: Buffers,
-        candidates: Candidates | None,
+        candidates: Candidates,
         hidden: Mapping[int, Tensor] | None = None,
     ) -> None:
         """One step of the bucket's rows; `buffers.chosen` and `.logits` hold the outputs.
 
         Args:
-            candidates: room to choose next tokens in; None: only keys and values are wanted.
+            candidates: room to choose next tokens in.
             hidden: layer -> [R, E], which receive hidden states (0: embeddings; L: behind the last norm).
         """
         config, dtype = self.config, self.dtype
@@ -254,8 +254,6 @@ class Decoder:
                 add_normed(layout, added, layer.post_mlp_norm, x, pdl)
         if len(self.layers) in hidden:
             hidden[len(self.layers)].copy_(self.norm(x))
-        if candidates is None:
-            return
         final, logits = buffers.final[:outputs], buffers.logits[:outputs]
         take_normed(layout, x, self.norm, final, pdl)
         linear(final, self.head, logits, bias=self.head_bias, **shared)

@@ -73,7 +73,7 @@ class BucketStep:
         """The output rows' logits [O, V], float32, until the next step."""
         return self.buffers.logits[: self.layout.bucket.rows]
 
-    def launch(self, hidden: dict[int, torch.Tensor] | None = None, chooses: bool = True) -> None:
+    def launch(self, hidden: dict[int, torch.Tensor] | None = None) -> None:
         """Copy in, launch everything, copy out; nothing is waited for."""
         self.host.send()
         self._decoder.run(
@@ -82,7 +82,7 @@ class BucketStep:
             self._plan,
             self._workspace,
             self.buffers,
-            self._candidates if chooses else None,
+            self._candidates,
             hidden,
         )
         self._chosen.copy_(self.buffers.chosen[: len(self._chosen)], non_blocking=True)
@@ -107,13 +107,13 @@ class BucketStep:
         """Whether a graph replays the step."""
         return self._graph is not None
 
-    def run(self, hidden: dict[int, torch.Tensor] | None = None, chooses: bool = True) -> None:
+    def run(self, hidden: dict[int, torch.Tensor] | None = None) -> None:
         """Run the step that `host` holds."""
-        self.uses += chooses and not hidden
-        if self._graph is not None and not hidden and chooses:
+        self.uses += not hidden
+        if self._graph is not None and not hidden:
             self._graph.replay()
         else:
-            self.launch(hidden, chooses)
+            self.launch(hidden)
         if self._sent is not None:
             self._sent.record()
 

@@ -75,8 +75,9 @@ class Part:
     @classmethod
     def joined(cls, parts: "Sequence[Part]") -> "Part":
         """Passes over a tree's rows, one behind another."""
-        if len(parts) == 1:
-            return parts[0]
+        read = [part for part in parts if part.last > part.first]
+        if len(parts) == 1 or (len(read) == 1 and not read[0].hidden):
+            return (read or parts)[0]  # which is not waited for
         tops = [part.top for part in parts if part.drawn] or [_NONE]
         width = min(top.shape[1] for top in tops)  # all have as many as were asked for, some more
         tokens = (

@@ -1,8 +1,7 @@
 """The CUDA runner: a Llama-like model as one CUDA graph a step, on an NVIDIA GPU."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -176,9 +175,9 @@ class CudaRunner:
             for layer in {self._layer(layer) for layer in want.hidden_states}
         }
         self.settled = self.settled and step.settled
-        if outputs and not hidden:
+        if not hidden:
             self.steps.prepare(step)
-        step.run(hidden, chooses=outputs > 0)
+        step.run(hidden)
         self._last = step
         self._unread = chosen = Chosen(step, outputs)
         parts, first = {}, 0
@@ -197,26 +196,21 @@ class CudaRunner:
         rows: Mapping[int, Sequence[int]],
         want: Outputs,
     ) -> "dict[int, Part]":
-        """A step of many rows, slot by slot and piece by piece: the rows before a piece are cached already."""
-        found: dict[int, Part] = {}
-        for slot, tree in trees.items():
-            parts: list[Part] = []
-            for first, last in _pieces(tree):
-                piece = TokenTree(
-                    tree.tokens[first:last],
-                    [-1, *(parent - first for parent in tree.parents[first + 1 : last])],
-                    {
-                        row - first: vector
-                        for row, vector in (tree.embeddings or {}).items()
-                        if first <= row < last
-                    },
-                )
-                wanted = [row - first for row in rows[slot] if first <= row < last]
-                parts += self._pass(
-                    {slot: piece}, {slot: cached[slot] + first}, {slot: wanted}, want
-                ).values()
-            found[slot] = Part.joined(parts)
-        return found
+        """A step of many rows, piece by piece: the rows before a piece are cached already, and slots share passes."""
+        parts: dict[int, list[Part]] = {slot: [] for slot in trees}
+        for pieces in _pieces(trees):
+            found = self._pass(
+                {slot: _piece(trees[slot], first, last) for slot, (first, last) in pieces.items()},
+                {slot: cached[slot] + first for slot, (first, _) in pieces.items()},
+                {
+                    slot: [row - first for row in rows[slot] if first <= row < last]
+                    for slot, (first, last) in pieces.items()
+                },
+                want,
+            )
+            for slot, part in found.items():
+                parts[slot].append(part)
+        return {slot: Part.joined(found) for slot, found in parts.items()}
 
     def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
         """Keep these rows of the last step."""
@@ -309,16 +303,44 @@ class CudaRunner:
         )
 
 
-def _pieces(tree: TokenTree) -> list[tuple[int, int]]:
-    """Ranges of a tree's rows, each of which hangs below the last row of the one before it.
+def _pieces(trees: Mapping[int, TokenTree]) -> Iterator[dict[int, tuple[int, int]]]:
+    """For one pass after another, the rows that it takes of which tree: a piece hangs below the row in front of it.
 
     Raises:
         RequestError: more branching rows than a pass can have.
     """
+    roots = {slot: _first_branching(tree) for slot, tree in trees.items()}
+    taken = dict.fromkeys(trees, 0)
+    while taken:
+        room, pieces = GRAPH_ROWS, {}
+        for slot, first in taken.items():
+            count, root = len(trees[slot]), roots[slot]
+            # Rows of a chain may be parted anywhere, those from the first branching on may not.
+            last = count if count - first <= room else max(first, min(first + room, root))
+            if last > first:
+                pieces[slot] = first, last
+                room -= last - first
+        for slot, (_, last) in pieces.items():
+            taken[slot] = last
+            if last == len(trees[slot]):
+                del taken[slot]
+        yield pieces
+
+
+def _first_branching(tree: TokenTree) -> int:
+    """The first row that a row hangs below which is not the next one; the number of rows where there is none."""
     count, parents = len(tree), tree.parents
     branching = next((row for row in range(1, count) if parents[row] != row - 1), count)
     root = min(parents[branching:], default=count)
     if count - root > GRAPH_ROWS:
         raise RequestError(f"a tree with {count - root} branching rows; the fused step takes {GRAPH_ROWS}")
-    ends = [*range(GRAPH_ROWS, root, GRAPH_ROWS), *([root] if root else []), count]
-    return [(first, last) for first, last in pairwise([0, *ends]) if first < last]
+    return root
+
+
+def _piece(tree: TokenTree, first: int, last: int) -> TokenTree:
+    """Rows of a tree, which hang below the row in front of them."""
+    return TokenTree(
+        tree.tokens[first:last],
+        [-1, *(parent - first for parent in tree.parents[first + 1 : last])],
+        {row - first: vector for row, vector in (tree.embeddings or {}).items() if first <= row < last},
+    )
