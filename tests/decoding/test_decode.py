@@ -24,6 +24,7 @@ from shoestring.decoding.decode import decode
 from shoestring.decoding.drafters.draft_model import DraftModelDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
+from shoestring.decoding.governor import Governor
 from shoestring.decoding.stopping import StopChecker
 from shoestring.engine.hf_runner import HFRunner
 from shoestring.engine.runner import NEXT_TOKENS
@@ -324,29 +325,39 @@ def test_other_samples_of_a_prompt_differ_and_repeat(runner):
     assert len({tuple(sample(index)) for index in range(4)}) == 4
 
 
-def test_drafters_learn_whether_a_steps_time_says_anything(answer):
+def test_governors_learn_whether_a_steps_time_says_anything(answer, monkeypatch):
+    monkeypatch.setattr("shoestring.decoding.decode.PREFILL_CHUNK", 30)
+
     class Compiling(HFRunner):
         steps = 0
 
         @property
         def settled(self):
-            return self.steps > 3
+            return self.steps > 4
 
         def step(self, trees, want=NEXT_TOKENS):
             self.steps += 1
             return super().step(trees, want)
 
-    class Watcher(Oracle):
-        def __init__(self, answer):
-            super().__init__(answer)
-            self.typical = []
+    class Told(Governor):
+        def __init__(self):
+            super().__init__(first=1)
+            self.steps = []
 
-        def observe(self, step):
-            self.typical.append(step.typical)
+        def ends(self, tokens, rows=None, expected=None, told=1, counts=True):
+            self.steps.append((tokens, rows, told, counts))
+            super().ends(tokens, rows, expected, told, counts)
 
-    watcher = Watcher(answer)
-    runner = Compiling(ADMITTED["llama"].build())
-    list(decode(runner, [request(PROMPT, watcher, most=40)]))
-    assert watcher.typical[:3] == [False] * 3
-    assert set(watcher.typical[3:]) == {True}
+    governor, runner = Told(), Compiling(ADMITTED["llama"].build())
+    drafters = [Oracle(answer), Oracle(answer)]
+    for drafter in drafters:
+        drafter.governor = governor
+    # The second prompt enters behind the first one, which goes on meanwhile.
+    requests = [request(PROMPT, drafters[0], most=40), request(PROMPT * 5, drafters[1], most=6)]
+    list(decode(runner, requests))
+    counted = [counts for *_, counts in governor.steps]
+    assert True in counted
+    assert not any(counted[:3]), "what was compiled for, and what also read a prompt"
+    assert {told for *_, told, counts in governor.steps if counts} >= {1, 2}
+    assert all(rows >= told for _, rows, told, _ in governor.steps if rows is not None)
     runner.close()

@@ -22,14 +22,11 @@ def run(steps, plain, drafting, accepted, sequences=1, chance=None, **options):
     governor = Governor(clock=clock, **options)
     drafted = []
     for step in range(steps):
-        verdicts = {governor.drafts(sequences) for _ in range(sequences)}
-        assert len(verdicts) == 1, "sequences of one step must agree"
-        drafts = verdicts.pop()
+        drafts = governor.drafts(sequences)
         drafted.append(drafts)
         noise = chance.uniform(0.8, 1.2) if chance else 1.0
         clock.now += noise * (drafting if drafts else plain)
-        for _ in range(sequences):
-            governor.ends(accepted(step) if drafts else 1)
+        governor.ends(sequences * (accepted(step) if drafts else 1), told=sequences)
         clock.now += 5.0  # the consumer's time between steps is not a step's
     return drafted
 
@@ -63,12 +60,10 @@ def test_a_batch_whose_texts_end_one_after_another_does_not_try_losing_drafts_an
         governor.begins()
         for sequences in (8, 7, 6, 5):
             for _ in range(20):
-                drafts = [governor.drafts(sequences) for _ in range(sequences)]
-                assert drafts[0] == all(drafts)
-                drafted.setdefault(sequences, []).append(drafts[0])
-                clock.now += sequences * (1.5 if drafts[0] else 1.0)
-                for _ in range(sequences):
-                    governor.ends(1)
+                drafts = governor.drafts(sequences)
+                drafted.setdefault(sequences, []).append(drafts)
+                clock.now += sequences * (1.5 if drafts else 1.0)
+                governor.ends(sequences, told=sequences)
     assert not any(drafted[sequences][0] for sequences in drafted), (
         "what a plain step of so many takes comes first"
     )
@@ -200,6 +195,25 @@ def test_a_plain_step_behind_drafts_says_nothing_of_plain_steps():
     assert sum(drafted[:200]) < 200 - 40, "they were found out"
 
 
+def test_few_steps_of_a_long_rest_are_timed_and_all_are_counted():
+    clock = Clock()
+    reads = []
+
+    def reading():
+        reads.append(clock.now)
+        return clock()
+
+    governor = Governor(clock=reading)
+    drafted = []
+    for _ in range(2000):
+        drafted.append(governor.drafts())
+        clock.now += 1.5 if drafted[-1] else 1.0
+        governor.ends(1)
+    assert len(reads) < 2000
+    lengths = [len(rest) for rest in "".join("d" if one else "." for one in drafted[4:]).split("d") if rest]
+    assert lengths[1] == 2 * lengths[0] >= 480
+
+
 def test_sequences_share_the_verdict():
     drafted = run(100, plain=2.0, drafting=5.0, accepted=lambda step: 2, sequences=4)
     assert sum(drafted) < 40
@@ -212,14 +226,11 @@ def test_accounts_are_kept_by_the_number_of_sequences():
     for sequences in range(8, 0, -1):
         drafted[sequences] = 0
         for _ in range(60):
-            verdicts = {governor.drafts(sequences) for _ in range(sequences)}
-            assert len(verdicts) == 1
-            drafts = verdicts.pop()
+            drafts = governor.drafts(sequences)
             drafted[sequences] += drafts
             plain = 1.0 + 0.1 * sequences
             clock.now += plain * ((1.5 if sequences < 5 else 2.6) if drafts else 1.0)
-            for _ in range(sequences):
-                governor.ends(2 if drafts else 1)
+            governor.ends(sequences * (2 if drafts else 1), told=sequences)
     assert all(drafted[sequences] < 20 for sequences in range(5, 9))
     assert all(drafted[sequences] > 50 for sequences in range(1, 5))
 
@@ -228,12 +239,11 @@ def test_a_step_in_which_a_sequence_ends_or_reads_its_prompt():
     clock = Clock()
     governor = Governor(clock=clock)
     for step in range(60):
-        asks, tells = (2, 1) if step % 4 == 3 else (1, 1) if step % 4 == 1 else (2, 2)
-        drafts = next(iter({governor.drafts(2) for _ in range(asks)}))
+        told, reads = 1 if step % 4 == 3 else 2, step % 4 == 1
+        drafts = governor.drafts(2)
         # Two tokens a draft for the time of 1.5 steps; with one sequence at its prompt the step is slow and says nothing.
-        clock.now += 40.0 if asks == 1 else 1.5 if drafts else 1.0
-        for _ in range(tells):
-            governor.ends(2 if drafts else 1, rows=4 if drafts else 1)
+        clock.now += 40.0 if reads else 1.5 if drafts else 1.0
+        governor.ends(told * (2 if drafts else 1), told * (4 if drafts else 1), told=told, counts=not reads)
     assert governor.drafts(2), "a share is of those that tell"
 
 

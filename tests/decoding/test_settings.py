@@ -178,10 +178,11 @@ def test_auto_drafts_only_where_rows_pay():
     assert Auto().drafter(environment(DEAR), GREEDY) is None
 
 
-def test_sequences_of_a_request_learn_together_and_requests_apart():
+def test_sequences_of_a_model_learn_together_and_models_apart():
     shared = environment(CHEAP)
     one, two = (Auto().drafter(shared, GREEDY) for _ in range(2))
     assert one._rates is two._rates
+    assert one.governor is two.governor
     assert Auto().drafter(environment(CHEAP), GREEDY)._rates is not one._rates
 
 

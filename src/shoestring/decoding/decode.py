@@ -1,9 +1,10 @@
 """The decoding loop: draft, merge into one packed step, verify, commit, yield."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoestring.decoding.drafters.protocol import NO_DRAFT, Context, Draft, Drafter, StepObservation
+from shoestring.decoding.governor import Governor
 from shoestring.decoding.stopping import Stopping
 from shoestring.decoding.verify import verify
 from shoestring.engine.runner import Outputs, Runner, StepResult, free_slot
@@ -56,12 +57,26 @@ class _Sequence:
     pending: list[int]  # accepted tokens that are not in the cache yet
     steps: int = 0
     draft: Draft = field(default_factory=lambda: NO_DRAFT)
-    rested: Callable[[int, bool], None] | None = None
-    """The drafter's own, which is told of a step that it has rested in."""
+    governor: Governor | None = None
+    """The drafter's."""
 
     @property
     def cached(self) -> int:
         return len(self.context.tokens) - len(self.pending)
+
+
+@dataclass(slots=True)
+class _Judged:
+    """What a governor has said of a step, and is told of it."""
+
+    drafts: bool
+    asked: int = 0
+    """Sequences that it holds for."""
+    told: int = 0
+    """Those of them that drafted and go on; the rest is what they gave and took."""
+    tokens: int = 0
+    rows: int = 0
+    expected: float = 0.0
 
 
 @dataclass
@@ -73,6 +88,7 @@ class _Flight:
     """Each slot's row of the last accepted token; None: only a prompt's piece runs."""
     results: StepResult
     settled: bool
+    judged: dict[Governor, _Judged]
 
 
 @dataclass(slots=True)
@@ -149,7 +165,9 @@ def _open(runner: Runner, index: int, request: Request) -> _Sequence:
     check_prompt(runner, prompt)
     reused = runner.open(slot, request.sampling, prompt)
     sequence = _Sequence(index, request, slot, Context(prompt, len(prompt)), prompt[reused:])
-    sequence.rested = getattr(request.drafter, "rested", None)
+    sequence.governor = getattr(request.drafter, "governor", None)
+    if sequence.governor is not None:
+        sequence.governor.begins()
     if request.drafter is not None:
         try:
             request.drafter.begin(prompt)
@@ -171,6 +189,7 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
     trees: dict[int, TokenTree] = {}
     wanted: dict[int, Sequence[int]] = {}
     roots: dict[int, int | None] = {}
+    judged: dict[Governor, _Judged] = {}
     top_k = 0
     prefill = PREFILL_CHUNK
     for sequence in active:
@@ -185,7 +204,20 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
                 continue
             prefill -= len(pending)
         root = len(pending) - 1
-        draft = sequence.draft = _propose(runner, sequence, len(active))
+        draft, drafter, governor = NO_DRAFT, sequence.request.drafter, sequence.governor
+        if governor is not None:
+            if sequence.context.reads_prompt:
+                drafter = None  # drafts on it would not be judged, and rows add to many
+            else:
+                verdict = judged.get(governor)
+                if verdict is None:
+                    verdict = judged[governor] = _Judged(governor.drafts(len(active)))
+                verdict.asked += 1
+                if not verdict.drafts:
+                    drafter = None
+        if drafter is not None:
+            draft = _propose(runner, sequence, drafter, len(active))
+        sequence.draft = draft
         trees[sequence.slot] = _tree(pending, draft)
         roots[sequence.slot] = root
         top_k = max(top_k, draft.top_k)
@@ -195,7 +227,7 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
             wanted[sequence.slot] = [root, *(root + 1 + node for node in draft.wanted)]
     logits = any(sequence.request.logprobs for sequence in active)
     results = runner.step(trees, Outputs(wanted, top_k=top_k, logits=logits))
-    return _Flight(trees, roots, results, runner.settled)
+    return _Flight(trees, roots, results, runner.settled, judged)
 
 
 def _land(runner: Runner, active: list[_Sequence], flight: _Flight) -> list[_Landed]:
@@ -233,28 +265,32 @@ def _land(runner: Runner, active: list[_Sequence], flight: _Flight) -> list[_Lan
         sequence.steps += 1
         if request.drafter is None or reason:
             continue
-        if draft is NO_DRAFT and sequence.rested is not None:
-            sequence.rested(len(emitted), flight.settled and first == 0)
-        else:
-            accepted = [row - first - 1 for row in path[1:]]
-            seen = StepObservation(
-                sequence.context, draft, emitted, accepted, results, first + 1, flight.settled
-            )
-            observations.append((request.drafter, seen))
+        if draft is NO_DRAFT and sequence.governor is not None:
+            continue
+        accepted = [row - first - 1 for row in path[1:]]
+        seen = StepObservation(sequence.context, draft, emitted, accepted, results, first + 1)
+        observations.append((request.drafter, seen))
+        if sequence.governor is not None:
+            verdict = flight.judged[sequence.governor]
+            verdict.told += 1
+            verdict.tokens += len(emitted)
+            verdict.rows += 1 + len(draft.tokens)
+            verdict.expected += len(emitted) if draft.expected is None else draft.expected
     for drafter, observation in observations:
         drafter.observe(observation)
+    for governor, verdict in flight.judged.items():  # now: what observing took is the drafts' time, too
+        counts = flight.settled and verdict.asked == len(active)
+        if verdict.drafts:
+            governor.ends(verdict.tokens, verdict.rows, verdict.expected, verdict.told, counts)
+        else:
+            governor.ends(verdict.asked, told=verdict.asked, counts=counts)
     runner.commit(paths)
     return landed
 
 
-def _propose(runner: Runner, sequence: _Sequence, batch: int) -> Draft:
-    drafter = sequence.request.drafter
-    if drafter is None:
-        return NO_DRAFT
+def _propose(runner: Runner, sequence: _Sequence, drafter: Drafter, batch: int) -> Draft:
     sequence.context.batch = batch
     proposed = drafter.propose(sequence.context, MOST_DRAFT_ROWS // batch)
-    if proposed is NO_DRAFT:
-        return NO_DRAFT
     draft = proposed if isinstance(proposed, Draft) else Draft.of(proposed)
     limit = runner.max_positions
     if limit is not None:

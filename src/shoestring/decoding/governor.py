@@ -24,6 +24,7 @@ _OUTLIER = 3  # times the median of drafting steps: more says something of the m
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
 _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where they lose again and again
 _NOTICED = 0.005  # of a step's seconds: a smaller correction is not worth planning anew for
+_WATCHED = 8  # of so many plain steps one is timed, where drafts rest for long: the clock costs time itself
 _CORRECTED_AFTER = 16  # plain steps, where drafts rest for long: planning does not need them sooner
 _TRUSTED, _LATELY = (
     24.0,
@@ -97,6 +98,8 @@ class Governor:
         self._drafted_before = False
         self._uncorrected = 0
         """Plain steps that have not corrected the cost yet."""
+        self._unwatched, self._passed, self._watches = 0, 0, True
+        """Plain steps that are not timed: to come, and since the last one that was; whether this one is."""
         # Factors of the measured seconds, None where no step was seen.
         self._corrections: list[float | None] = []
         # By measured row count, the nearest one that has a correction.
@@ -104,7 +107,7 @@ class Governor:
         self._began: float | None = None  # the step that is under way
         self._ended = 0.0
         self._drafted, self._counts, self._sequences = False, True, 1
-        self._asked = self._told = self._tokens = self._rows = 0
+        self._told = self._tokens = self._rows = 0
         self._expected = 0.0
         self._accounts: dict[int, _Account] = {}
         self._times: dict[int, _Times] = {}
@@ -131,35 +134,50 @@ class Governor:
         """A text begins: it may repeat itself where the last one did not."""
         self._finish()
         self._began = None  # what passed since the last step is no step's time
+        self._unwatched = 0
         for account in self._accounts.values():
             account.patience, account.resting = 1, min(account.resting, max(account.owed, 1))
 
     def drafts(self, sequences: int = 1) -> bool:
-        """Whether the step that begins now should draft. Called by each of the sequences that take part in it."""
-        if self._began is None or self._told:
-            self._finish()
-            self._began, self._sequences, self._counts = self._clock(), sequences, True
-            self._asked = self._told = self._tokens = self._rows = 0
-            self._expected = 0.0
-            times = self._times.get(sequences)
-            if times is None:
-                times = self._times[sequences] = _Times()
-            self._drafted = self._account.resting <= 0 and bool(times.plain)
-        self._asked += 1
+        """Whether the step that begins now, of so many sequences, should draft."""
+        if self._unwatched and sequences == self._sequences:
+            self._unwatched, self._passed = self._unwatched - 1, self._passed + 1
+            self._watches = False
+            return False
+        self._finish()
+        self._watches, self._unwatched = True, 0
+        self._began, self._sequences, self._told = self._clock(), sequences, 0
+        times = self._times.get(sequences)
+        if times is None:
+            times = self._times[sequences] = _Times()
+        account = self._account
+        self._drafted = account.resting <= 0 and bool(times.plain)
+        if account.resting > _WATCHED:
+            self._unwatched = _WATCHED - 1
         return self._drafted
 
-    def ends(self, tokens: int, rows: int = 1, expected: float | None = None, counts: bool = True) -> None:
-        """The step took so many rows of one sequence and emitted tokens; one that also read a prompt does not count.
+    def ends(
+        self,
+        tokens: int,
+        rows: int | None = None,
+        expected: float | None = None,
+        told: int = 1,
+        counts: bool = True,
+    ) -> None:
+        """The step that began last is over.
 
         Args:
-            expected: the tokens that the drafter foresaw, where it has an idea.
+            tokens: that were emitted by the `told` sequences which go on.
+            rows: that these took; None: one each.
+            expected: the tokens that their drafters foresaw, where they have an idea.
+            told: how many sequences they are.
+            counts: False where others' steps do not compare: it also read a prompt, or something was compiled for it.
         """
-        self._told += 1
-        self._tokens += tokens
-        self._expected += tokens if expected is None else expected
-        self._rows += rows
+        if not self._watches:
+            return
         self._ended = self._clock()
-        self._counts = self._counts and counts
+        self._told, self._tokens, self._rows = told, tokens, told if rows is None else rows
+        self._expected, self._counts = tokens if expected is None else expected, counts
 
     @property
     def _account(self) -> _Account:
@@ -172,9 +190,8 @@ class Governor:
 
     def _finish(self) -> None:
         """Judge the step that is over."""
-        if self._began is None or not self._told or not self._counts or self._asked < self._sequences:
-            return  # nothing was told, or some of its sequences read their prompts
-        # A sequence that has ended tells nothing of its last step.
+        if self._began is None or not self._told or not self._counts:
+            return
         seconds, account = self._ended - self._began, self._account
         times = self._times[self._sequences]
         if not self._drafted:
@@ -182,15 +199,13 @@ class Governor:
             if not self._drafted_before or not times.plain:
                 times.plain.append(seconds)
             self._drafted_before = False
-            self._uncorrected += 1
-            if account.resting <= 1 or self._uncorrected >= _CORRECTED_AFTER:
+            passed, self._passed = 1 + self._passed, 0
+            self._uncorrected += passed
+            if account.resting <= passed or self._uncorrected >= _CORRECTED_AFTER:
                 self._correct(self._rows, _median(times.plain))
                 self._uncorrected = 0
-            account.resting, account.owed, account.since_plain = (
-                account.resting - 1,
-                max(0, account.owed - 1),
-                0,
-            )
+            account.resting -= passed
+            account.owed, account.since_plain = max(0, account.owed - passed), 0
             return
         self._drafted_before = True
         if self._rows > self._told:

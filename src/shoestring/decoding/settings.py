@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from shoestring.decoding.drafters.draft_model import DraftModelDrafter
-from shoestring.decoding.drafters.governed import GovernedDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.merged import MergedDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
@@ -42,15 +41,19 @@ __all__ = [
 
 @dataclass
 class DraftingEnvironment:
-    """What drafters may need from the loaded model; costly parts are made when first asked for."""
+    """What drafters may need from the loaded model; costly parts are made when first asked for.
+
+    What its steps have shown so far serves later requests: what drafts win, and how often each kind of guess comes true.
+    No text is kept.
+    """
 
     step_cost: Callable[[], StepCost]
     load_draft_runner: Callable[[str], Runner]
     look_ahead: LookAhead | None = None
-    governors: dict[str, Governor] = field(default_factory=dict)
-    """By strategy: one that loses says nothing of another."""
     successors: Callable[[], np.ndarray | None] = lambda: None
     """What the model finds likely after each token alone; None: not known."""
+    governors: dict[str, Governor] = field(default_factory=dict, init=False)
+    """By strategy: one that loses says nothing of another."""
     rates: AcceptanceRates = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,7 +131,9 @@ class Lookahead:
             keep_window=self.keep_window,
             seed=sampling.seed,
         )
-        return GovernedDrafter(drafter, environment.governor(self, promising)) if sizes_itself else drafter
+        if sizes_itself:
+            drafter.governor = environment.governor(self, promising)
+        return drafter
 
 
 @dataclass(frozen=True)

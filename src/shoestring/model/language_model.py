@@ -11,7 +11,6 @@ import torch
 from shoestring import hub
 from shoestring.decoding.decode import check_prompt
 from shoestring.decoding.drafters.protocol import Drafter
-from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.successors import remembered_successors
@@ -72,7 +71,7 @@ class LanguageModel:
         self._step_cost: StepCost | None = None
         self._successors: np.ndarray | None = None
         self._draft_runners: dict[str, Runner] = {}
-        self._governors: dict[str, Governor] = {}
+        self._drafting: DraftingEnvironment | None = None
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.runner.weights}, {self.device})"
@@ -327,13 +326,19 @@ class LanguageModel:
             self.runner,
             self.tokenizer,
             [self.encode(prompt) for prompt in prompts],
-            DraftingEnvironment(
-                self.step_cost, self.draft_runner, self.look_ahead, self._governors, self.successors
-            ),
+            self._drafting_environment(),
             eos_ids=self.eos_ids,
             slots=self._slots,
             **options,
         )
+
+    def _drafting_environment(self) -> DraftingEnvironment:
+        """What drafters need: one for all requests with the same look-ahead embeddings, so that they learn together."""
+        if self._drafting is None or self._drafting.look_ahead is not self.look_ahead:
+            self._drafting = DraftingEnvironment(
+                self.step_cost, self.draft_runner, self.look_ahead, self.successors
+            )
+        return self._drafting
 
     def draft_runner(self, name: str) -> Runner:
         """The runner of a smaller model that drafts for this one.

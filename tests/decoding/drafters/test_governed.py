@@ -1,13 +1,9 @@
-"""A governed drafter drafts, rests and drafts again, and never changes a text."""
+"""A drafter with a governor drafts, rests and drafts again, and never changes a text."""
 
 from comparing import request, run, runner_of
 
-from shoestring.decoding.drafters.governed import GovernedDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
-from shoestring.decoding.drafters.merged import MergedDrafter
-from shoestring.decoding.drafters.protocol import Context
 from shoestring.decoding.governor import Governor
-from shoestring.decoding.tune import StepCost
 
 
 class Counting(LookaheadDrafter):
@@ -22,7 +18,9 @@ class Counting(LookaheadDrafter):
         super().observe(step)
 
 
-def decoded(drafter):
+def decoded(drafter, governor=None):
+    if governor:
+        drafter.governor = governor
     return run(runner_of("llama"), [request([3, 1, 4, 1, 5, 9, 2, 6], drafter, most=60)])
 
 
@@ -37,7 +35,7 @@ def test_text_is_the_plain_one_whatever_the_clock_says():
             return now[0]
 
         drafter = Counting(4, 3, 4)
-        assert decoded(GovernedDrafter(drafter, Governor(clock=clock))) == plain
+        assert decoded(drafter, Governor(clock=clock)) == plain
         assert 0 < drafter.observed <= drafter.proposed
         if tick:
             assert drafter.proposed < 40, "it never rested"
@@ -52,13 +50,5 @@ def test_nothing_is_drafted_on_the_prompts_step():
             return super().propose(context, budget)
 
     watching = Watching(2, 3, 2)
-    decoded(GovernedDrafter(watching, Governor(first=1)))
+    decoded(watching, Governor(first=1))
     assert watching.proposed
-    known = MergedDrafter(StepCost((1, 64), (1.0, 1.01)), governor=Governor(first=1))
-    first = Context([3, 1, 3], 3)
-    known.begin(first.tokens)
-    assert not known.propose(first, 60).top_k
-
-
-def test_it_has_the_drafters_name():
-    assert GovernedDrafter(LookaheadDrafter(4, 3, 4), Governor()).name == "lookahead"

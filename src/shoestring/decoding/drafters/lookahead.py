@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
+from shoestring.decoding.governor import Governor
 
 __all__ = ["LookaheadDrafter", "NgramPool"]
 
@@ -57,6 +58,8 @@ class LookaheadDrafter:
         keep_window: bool = False,
         seed: int = 0,
     ) -> None:
+        self.governor: Governor | None = None
+        """Rests it where its drafts lose; None: it never rests."""
         self._columns, self._levels, self._guesses = window, ngram - 1, guesses
         self._prompt_pool, self._keep_window = prompt_pool, keep_window
         self._seed = seed

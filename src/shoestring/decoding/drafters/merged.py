@@ -11,7 +11,7 @@ import numpy as np
 
 from shoestring.decoding.drafters.guesses import make_guesses
 from shoestring.decoding.drafters.pass_tokens import LookAheadRows
-from shoestring.decoding.drafters.protocol import NO_DRAFT, Context, Draft, StepObservation
+from shoestring.decoding.drafters.protocol import Context, Draft, StepObservation
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates
 from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
@@ -59,16 +59,15 @@ class MergedDrafter:
         self._cost, self._budget, self._top_k = cost, budget, top_k
         self._rates = rates or AcceptanceRates(look_ahead.priors if look_ahead else None)
         self._ahead = LookAheadRows(look_ahead, min(_CANDIDATES, top_k)) if look_ahead else None
-        self._governor = governor
-        self._expected = 1.0
+        self.governor = governor
+        self._observed = 0
+        """Tokens of the sequence behind the last step that it drafted for."""
         self._guesses = make_guesses(self._rates, _LONGEST)
         if known is not None:
             self._guesses.set_known(known)
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Forget the last sequence (rates are the model's, and stay)."""
-        if self._governor is not None:
-            self._governor.begins()
         self._guesses.forget()
         if self._ahead is not None:
             self._ahead.forget()
@@ -79,25 +78,25 @@ class MergedDrafter:
         A look-ahead row is worth the chance that the path ends above it times the chance that it alone foresees a
         token; it competes for rows with the drafted tokens.
         """
-        if self._governor is not None and (context.reads_prompt or not self._governor.drafts(context.batch)):
-            return NO_DRAFT
         guesses = self._guesses
+        if self._ahead is not None and len(context.tokens) != self._observed:
+            self._ahead.forget()  # it has rested
         guesses.extend(context.tokens[len(guesses) :])
         # A budget of the user's is obeyed; the measured cost only reaches as far as it was measured.
         cost = self._cost if self._budget is None else None
-        if cost is not None and self._governor is not None:
-            cost = self._governor.calibrate(cost)
+        if cost is not None and self.governor is not None:
+            cost = self.governor.calibrate(cost)
         most = min(budget, self._budget or budget)
         if cost is not None:
             most = min(most, cost.most_rows // context.batch - 1)
         least = 0.0 if cost is None else _LEAST_CHANCE
         seconds = None if cost is None else cost.table(max(most, 0), context.batch)
         ahead = 0 if self._ahead is None else min(len(self._ahead), _MOST_POSITIONS)
-        tokens, parents, sources, chains, self._expected = guesses.draft(
+        tokens, parents, sources, chains, expected = guesses.draft(
             most, least, self._predictions, seconds, ahead, _LEAST_VALUE
         )
         owners = dict(enumerate(map(_OWNERS.__getitem__, sources)))
-        draft = Draft(tokens, parents, top_k=self._top_k, owners=owners)
+        draft = Draft(tokens, parents, top_k=self._top_k, owners=owners, expected=expected)
         if self._ahead is not None:
             self._ahead.stand(draft, chains, len(tokens) - tokens.count(NO_TOKEN))
         return draft
@@ -114,12 +113,4 @@ class MergedDrafter:
             self._ahead.read(step)
         likely = step.every_top_k()
         self._guesses.observe(step.emitted, predictions, draft.tokens, draft.parents, step.accepted, likely)
-        if self._governor is not None:  # last: what this took is the drafts' time, too
-            self._governor.ends(len(step.emitted), 1 + len(draft.tokens), self._expected, counts=step.typical)
-
-    def rested(self, tokens: int, typical: bool) -> None:
-        """A plain step: nothing was guessed."""
-        if self._ahead is not None:
-            self._ahead.forget()
-        if self._governor is not None:
-            self._governor.ends(tokens, counts=typical)
+        self._observed = len(step.context.tokens)

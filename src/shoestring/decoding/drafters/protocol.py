@@ -42,7 +42,8 @@ class Draft:
 
     `tokens[i]` follows node `parents[i]` (`ROOT` or an earlier node). `wanted` are the nodes whose next token is
     computed, None for all; only those can be accepted, and not those in `read_only`, which only `observe` reads.
-    `top_k` asks for that many likeliest tokens per row.
+    `top_k` asks for that many likeliest tokens per row. `expected` is how many tokens the step should give, where the
+    drafter has an idea: it is judged by that, which leaves less to chance than what the step then gives.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Draft:
     read_only: set[int] = field(default_factory=set)
     top_k: int = 0
     owners: dict[int, list[str]] = field(default_factory=dict)
+    expected: float | None = None
     _children: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -139,13 +141,6 @@ class StepObservation:
     results: RowResults
     first_row: int
     """The row of node 0: the rows before it are the last accepted token's, and a prompt's."""
-    settled: bool = True
-    """Whether the step took as long as others of its size will."""
-
-    @property
-    def typical(self) -> bool:
-        """Whether its time can be compared with other steps': it read no prompt, and nothing was compiled for it."""
-        return self.settled and self.first_row == 1
 
     def has(self, node: int) -> bool:
         """Whether the node's outputs were computed."""
@@ -180,9 +175,8 @@ class Drafter(Protocol):
     `propose` may return a `Draft` or plain lists of tokens. A draft that is clipped at the context limit is
     observed as clipped (`step.draft` is then another object than was proposed).
 
-    A drafter may have two methods more. `close()` gives back what it holds when its sequence ends. `rested(tokens,
-    typical)` is called instead of `observe` where it proposed `NO_DRAFT`: the step gave so many tokens, and its time can
-    be compared with that of others or not.
+    A drafter may have two things more. `close()` gives back what it holds when its sequence ends. `governor`, which the
+    sequences that share steps share, rests it where its drafts lose: it neither proposes nor observes then.
     """
 
     def begin(self, prompt: Sequence[int]) -> None:
