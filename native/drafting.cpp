@@ -70,7 +70,7 @@ class Speed {
 
 AcceptanceRates::AcceptanceRates(std::vector<std::vector<double>> first, double prior_weight, double memory)
     : prior_weight_(prior_weight), memory_(memory), cells_(kSources * kMostLength * kMostRank), rates_(cells_.size()) {
-  if (first.size() != kSources) throw std::invalid_argument("priors of four sources are needed");
+  if (first.size() != kSources) throw std::invalid_argument("priors of all sources are needed");
   for (int source = 0; source < kSources; ++source) {
     const std::vector<double>& priors = first[source];
     if (priors.empty()) throw std::invalid_argument("a source has no prior");
@@ -108,6 +108,58 @@ void AcceptanceRates::observe(Guess guess, bool hit) {
 void AcceptanceRates::weigh(size_t at) {
   const Cell& cell = cells_[at];
   rates_[at] = (cell.hits + prior_weight_ * cell.prior) / (cell.trials + prior_weight_);
+}
+
+Datastore::Datastore(const int32_t* tokens, size_t count, int longest) : longest_(longest), tokens_(tokens, tokens + count) {
+  if (longest < kLeastLength || longest > kMostTail) throw std::invalid_argument("suffixes of 2 to 16 tokens can be looked for");
+  for (size_t position = kLeastLength; position < count; ++position) order_.push_back(static_cast<int32_t>(position));
+  std::sort(order_.begin(), order_.end(), [this](int32_t one, int32_t other) {
+    for (int back = 1; back <= longest_; ++back) {
+      const int32_t left = before(one, back), right = before(other, back);
+      if (left != right) return left < right;
+    }
+    return one < other;
+  });
+  for (size_t first = 0, last; first < order_.size(); first = last) {
+    const auto pair_at = [this](size_t i) { return pair_key(before(order_[i], 2), before(order_[i], 1)); };
+    const uint64_t pair = pair_at(first);
+    for (last = first + 1; last < order_.size() && pair_at(last) == pair;) ++last;
+    int32_t* range = pairs_.insert(pair);
+    range[0] = static_cast<int32_t>(first);
+    range[1] = static_cast<int32_t>(last);
+  }
+}
+
+Datastore::Match Datastore::find(const int32_t* tail, int length) const {
+  Match match;
+  if (length < kLeastLength) return match;
+  const int32_t* range = pairs_.find(pair_key(tail[length - 2], tail[length - 1]));
+  if (!range) return match;
+  auto first = order_.begin() + range[0], last = order_.begin() + range[1];
+  for (match.length = kLeastLength; match.length < std::min(longest_, length); ++match.length) {
+    const int back = match.length + 1;
+    const int32_t token = tail[length - back];
+    const auto low = std::lower_bound(first, last, token, [&](int32_t at, int32_t one) { return before(at, back) < one; });
+    const auto high = std::upper_bound(low, last, token, [&](int32_t one, int32_t at) { return one < before(at, back); });
+    if (low == high) break;
+    first = low, last = high;
+  }
+  const int64_t found = last - first, looked_at = std::min<int64_t>(found, kMostTokens);
+  std::array<int, kMostTokens> times{};
+  for (int64_t i = 0; i < looked_at; ++i) {
+    const int32_t token = tokens_[first[i * found / looked_at]];
+    const auto end = match.tokens.begin() + match.count;
+    const auto at = std::find(match.tokens.begin(), end, token) - match.tokens.begin();
+    if (at == match.count) match.tokens[match.count++] = token;
+    ++times[at];
+  }
+  for (int i = 1; i < match.count; ++i) {  // stable, and of a few
+    for (int j = i; j > 0 && times[j] > times[j - 1]; --j) {
+      std::swap(times[j], times[j - 1]);
+      std::swap(match.tokens[j], match.tokens[j - 1]);
+    }
+  }
+  return match;
 }
 
 void Guesses::Tail::push(int32_t token, int longest) {
@@ -175,6 +227,7 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
   }
   after_pair_.prefetch(pair);
   after_.prefetch(static_cast<uint32_t>(last));
+  if (datastore_ && tail.length > 1) datastore_->prefetch(pair);
   if (is_known) prefetch(known_ + last * known_width_);
   // Where an n-gram ended, shorter ones did too.
   std::array<const int32_t*, kMostTail + 1> ends;
@@ -208,6 +261,10 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
   if (depth < predictions.size()) {
     int rank = 0;
     for (const int32_t token : predictions[depth]) found.push_back({token, {kPass, static_cast<int>(depth) + 1, rank++}});
+  }
+  if (datastore_) {
+    const Datastore::Match match = datastore_->find(tail.tokens.data(), tail.length);
+    for (int rank = 0; rank < match.count; ++rank) found.push_back({match.tokens[rank], {kDatastore, match.length, rank}});
   }
 }
 

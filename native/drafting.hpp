@@ -13,7 +13,8 @@
 
 namespace shoestring {
 
-constexpr int kNgram = 0, kRecycle = 1, kPass = 2, kOnlyPass = 3, kSources = 4;  // kOnlyPass: what PaSS alone foresaw
+// kOnlyPass: what PaSS alone foresaw.
+constexpr int kNgram = 0, kRecycle = 1, kPass = 2, kOnlyPass = 3, kDatastore = 4, kSources = 5;
 constexpr int kMostLength = 32, kMostRank = 32, kMostTail = 16;
 
 // A kind of guess: source, length of the context that it matched (PaSS: position), rank among that source's guesses.
@@ -77,11 +78,35 @@ struct Drafted {
   double expected = 1;                              // tokens that the step gives, by the nodes' chances
 };
 
+// Texts that the model wrote before, which many sequences share: what followed the longest suffix there. Positions lie
+// sorted by the tokens before them, the nearest first, so that those behind an n-gram are one range.
+class Datastore {
+ public:
+  static constexpr int kLeastLength = 2, kMostTokens = 8;
+  struct Match {
+    int length = 0, count = 0;
+    std::array<int32_t, kMostTokens> tokens;  // the most frequent first, of those that lie evenly in the range
+  };
+  Datastore(const int32_t* tokens, size_t count, int longest);
+  // Ask for what follows a pair of tokens ahead of time.
+  void prefetch(uint64_t pair) const { pairs_.prefetch(pair); }
+  Match find(const int32_t* tail, int length) const;
+
+ private:
+  int32_t before(int32_t position, int back) const { return position >= back ? tokens_[position - back] : -1; }
+
+  int longest_;
+  std::vector<int32_t> tokens_, order_;
+  FlatTable pairs_{2};  // by pair: its range of `order_`
+};
+
 class Guesses {
  public:
   Guesses(AcceptanceRates& rates, int longest, size_t pairs);
   // Successors of each token known beforehand, [tokens, width], which the caller keeps alive.
   void set_known(const int32_t* successors, size_t tokens, size_t width);
+  // The caller keeps it alive.
+  void set_datastore(const Datastore* datastore) { datastore_ = datastore; }
   void forget();
   void extend(const int32_t* tokens, size_t count);
   size_t length() const { return tokens_.size(); }
@@ -129,6 +154,7 @@ class Guesses {
   int32_t clock_ = 0;
   const int32_t* known_ = nullptr;
   size_t known_tokens_ = 0, known_width_ = 0;
+  const Datastore* datastore_ = nullptr;
 };
 
 // How many of a trie's nodes to keep, and how many look-ahead rows to put below a row (ROOT, -1, and nodes).

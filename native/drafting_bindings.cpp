@@ -24,10 +24,17 @@ struct Rates {
   std::shared_ptr<AcceptanceRates> shared;
 };
 
-// Keeps the rates and the known successors alive with the guesses that read them.
+using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+struct HeldDatastore {
+  std::shared_ptr<const Datastore> shared;
+};
+
+// Keeps the rates, the known successors and the datastore alive with the guesses that read them.
 struct HeldGuesses {
   std::shared_ptr<AcceptanceRates> rates;
   Rows known;
+  std::shared_ptr<const Datastore> datastore;
   Guesses guesses;
 
   HeldGuesses(std::shared_ptr<AcceptanceRates> held, int longest, size_t pairs)
@@ -52,6 +59,19 @@ void bind_drafting(nb::module_& module) {
         self.shared->observe({source, length, rank}, hit);
       });
 
+  nb::class_<HeldDatastore>(module, "Datastore")
+      .def(
+          "__init__",
+          [](HeldDatastore* self, const Tokens& tokens, int longest) {
+            new (self) HeldDatastore{std::make_shared<Datastore>(tokens.data(), tokens.shape(0), longest)};
+          },
+          nb::arg("tokens"), nb::arg("longest"))
+      .def("after", [](const HeldDatastore& self, const std::vector<int32_t>& tail) {
+        const Datastore::Match match = self.shared->find(tail.data(), static_cast<int>(tail.size()));
+        return nb::make_tuple(match.length,
+                              std::vector<int32_t>(match.tokens.begin(), match.tokens.begin() + match.count));
+      });
+
   module.def(
       "plan_rows",
       [](const std::vector<int32_t>& parents, const std::vector<double>& chances, const std::vector<double>& gains,
@@ -73,6 +93,11 @@ void bind_drafting(nb::module_& module) {
            [](HeldGuesses& self, const Rows& known) {
              self.known = known;
              self.guesses.set_known(known.data(), known.shape(0), known.shape(1));
+           })
+      .def("set_datastore",
+           [](HeldGuesses& self, const HeldDatastore& datastore) {
+             self.datastore = datastore.shared;
+             self.guesses.set_datastore(self.datastore.get());
            })
       .def("forget", [](HeldGuesses& self) { self.guesses.forget(); })
       .def("extend",

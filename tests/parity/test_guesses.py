@@ -7,19 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.guesses import PlainGuesses, make_guesses, plan_rows
 from shoestring.decoding.drafters.protocol import ROOT
-from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, native_part
+from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, drafting_part
 from shoestring.decoding.tune import best_rows
 from shoestring.engine.tokentree import NO_TOKEN
 
-pytestmark = pytest.mark.skipif(native_part() is None, reason="the native part is not installed")
+pytestmark = pytest.mark.skipif(drafting_part() is None, reason="the native part is not installed")
 
 LONGEST = 4
 PRIORS = {("pass", 1, 0): 0.45, ("pass", 2, 0): 0.2}
 
 
-def pair(known=None):
+def pair(known=None, texts=None):
     made = []
     for native in (False, True):
         rates = AcceptanceRates(PRIORS, native=native)
@@ -27,6 +28,9 @@ def pair(known=None):
         assert isinstance(guesses, PlainGuesses) is not native
         if known is not None:
             guesses.set_known(known)
+        if texts is not None:
+            datastore = Datastore(texts, LONGEST)
+            guesses.set_datastore(datastore.native if native else datastore)
         made.append((rates, guesses))
     return made
 
@@ -69,9 +73,10 @@ def some_seconds(chance, most):
     st.integers(2, 9),
     st.booleans(),
     st.booleans(),
+    st.sampled_from([None, 0, 1, 3, 80]),
     st.sampled_from([0.0, 0.01, 0.2]),
 )
-def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, ahead, least):
+def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, ahead, stored, least):
     chance = random.Random(seed)
 
     def some(count):
@@ -85,7 +90,7 @@ def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, a
         if known
         else None
     )
-    made = pair(table)
+    made = pair(table, None if stored is None else np.array(some(stored), np.int32))
     text = some(chance.randint(1, 20))
     for _ in range(6):
         predictions = [successors() for _ in range(chance.randint(0, 3))] if ahead else []
@@ -190,8 +195,38 @@ def test_both_plan_the_same_rows(seed, nodes, ahead, least, most, costs, coarse)
     gains = sorted((number() for _ in range(ahead)), reverse=True)
     seconds = some_seconds(chance, most) if costs else None
     kept, chains = plan_rows(parents, chances, gains, least, most, seconds)
-    assert native_part().plan_rows(parents, chances, gains, least, most, seconds) == (kept, chains)
+    assert drafting_part().plan_rows(parents, chances, gains, least, most, seconds) == (kept, chains)
     assert kept + sum(count for _, count in chains) <= max(most, 0)
     assert all(-1 <= node < kept and 0 < count <= ahead for node, count in chains)
     if not costs and most >= nodes * (1 + ahead) + ahead:
         assert kept == nodes, "rows that cost nothing are all taken"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=120), st.lists(st.integers(0, 4), max_size=9), st.integers(2, 7))
+def test_both_find_the_same_in_a_datastore(texts, tail, longest):
+    datastore = Datastore(np.array(texts, np.int32), longest)
+    length, tokens = datastore.after(tail)
+    assert datastore.native.after(tail) == (length, tokens)
+    assert len(set(tokens)) == len(tokens) <= 8
+    suffix = tail[len(tail) - length :]
+    followers = [
+        texts[end] for end in range(length, len(texts)) if length and texts[end - length : end] == suffix
+    ]
+    assert set(tokens) <= set(followers)
+    assert bool(tokens) == bool(followers) == (length >= 2)
+    if len(followers) <= 8:
+        assert sorted(tokens) == sorted(set(followers))
+        assert [followers.count(token) for token in tokens] == sorted(
+            map(followers.count, tokens), reverse=True
+        )
+    if 0 < length < min(len(tail), longest):
+        longer = tail[len(tail) - length - 1 :]
+        assert all(texts[end - length - 1 : end] != longer for end in range(length + 1, len(texts)))
+
+
+def test_a_datastore_outlives_its_python_side():
+    (_, plain), (_, native) = pair(texts=np.array([1, 2, 3, 1, 2, 3], np.int32))
+    for guesses in (plain, native):
+        guesses.extend([9, 1, 2])
+        assert grown(guesses, 2, 0.0, [])[0] == [3, 1]

@@ -56,6 +56,7 @@ def loaded(
             isinstance(setting, Auto) and setting.drafts(language_model.step_cost) for setting in settings
         ):
             language_model.successors()
+            language_model.datastore()
         if batch:
             language_model.warm_up(batch)
     note(language_model.description)

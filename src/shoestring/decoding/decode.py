@@ -1,6 +1,6 @@
 """The decoding loop: draft, merge into one packed step, verify, commit, yield."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoestring.decoding.drafters.protocol import NO_DRAFT, Context, Draft, Drafter, StepObservation
@@ -106,7 +106,7 @@ class _Landed:
     logprobs: list[float] | None
 
 
-def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Iterator[Emission]:
+def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Generator[Emission, None, None]:
     """Decode requests, at most `slots` at a time, and yield their tokens as steps produce them.
 
     A request is taken from the iterable when a slot is free for it. Closing the generator releases all slots. A runner

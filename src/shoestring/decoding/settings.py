@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.draft_model import DraftModelDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.merged import MergedDrafter
@@ -52,6 +53,8 @@ class DraftingEnvironment:
     look_ahead: LookAhead | None = None
     successors: Callable[[], np.ndarray | None] = lambda: None
     """What the model finds likely after each token alone; None: not known."""
+    datastore: Callable[[], Datastore | None] = lambda: None
+    """Texts that the model wrote by itself; None: it has none."""
     governors: dict[str, Governor] = field(default_factory=dict, init=False)
     """By strategy: one that loses says nothing of another."""
     rates: AcceptanceRates = field(init=False)
@@ -223,7 +226,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Auto:
-    """Merged drafts (suffix matches, recycled successors, PaSS), as many rows as pay on this machine.
+    """Merged drafts (suffix matches, recycled successors, PaSS, a datastore), as many rows as pay on this machine.
 
     Args:
         budget: rows of a step beside the last token's; None: whatever the measured step cost makes worthwhile.
@@ -255,6 +258,7 @@ class Auto:
             look_ahead=look_ahead,
             governor=governor,
             known=environment.successors(),
+            datastore=environment.datastore(),
         )
 
 

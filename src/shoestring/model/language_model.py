@@ -1,6 +1,7 @@
 """`generate`, `stream` and `score` with a model, whatever strategy decodes and whatever body runs it."""
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, overload
@@ -10,8 +11,10 @@ import torch
 
 from shoestring import hub
 from shoestring.decoding.decode import check_prompt
+from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.protocol import Drafter
 from shoestring.decoding.look_ahead import LookAhead
+from shoestring.decoding.own_texts import bundled_texts, remembered_texts, write_texts
 from shoestring.decoding.settings import Decoding, DraftingEnvironment
 from shoestring.decoding.successors import remembered_successors
 from shoestring.decoding.tune import StepCost, fingerprint, remembered_step_cost
@@ -70,6 +73,7 @@ class LanguageModel:
         self._slots, self._progress = slots, progress
         self._step_cost: StepCost | None = None
         self._successors: np.ndarray | None = None
+        self._datastore: Datastore | None = None
         self._draft_runners: dict[str, Runner] = {}
         self._drafting: DraftingEnvironment | None = None
 
@@ -283,10 +287,52 @@ class LanguageModel:
         if self._successors is None:
             path = hub.cache_root() / "successors" / f"{self._fingerprint()}.npy"
             report = functools.partial(self._progress, "measure") if self._progress else None
-            ids = [getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
-            first = next((token for token in ids if token is not None), 0)
-            self._successors = remembered_successors(self.runner, first, path, report)
+            self._successors = remembered_successors(self.runner, self._first_token, path, report)
         return self._successors
+
+    def datastore(self) -> Datastore | None:
+        """Texts that the model writes by itself, which `auto` drafts from: written once (6 seconds), then remembered.
+
+        None for a model too slow to write many. Those of a bundled model come with the package.
+        """
+        if self._datastore is None:
+            texts = bundled_texts(self.name)
+            if texts is None or texts.max(initial=0) >= self.runner.vocab_size:
+                # Other weights of the same shape show in the successors.
+                known = self.successors()
+                mark = hashlib.sha256(b"" if known is None else known.tobytes()).hexdigest()[:12]
+                path = hub.cache_root() / "own-texts" / f"{self._fingerprint()}-{mark}.npy"
+                texts = remembered_texts(path, self.runner.vocab_size, self._write_texts)
+            self._datastore = Datastore(texts)
+        return self._datastore if len(self._datastore) else None
+
+    def _write_texts(self) -> np.ndarray:
+        report = functools.partial(self._progress, "write") if self._progress else None
+        opening, ending = self._chat_frame()
+        return write_texts(self.runner, opening, ending, self.eos_ids, progress=report)
+
+    def _chat_frame(self) -> tuple[list[int], list[int] | None]:
+        """The tokens in front of a user's words and those behind them; without a chat format, a first token."""
+        if self.has_chat_template:
+            try:
+                one, other = (
+                    self._apply_chat_template([{"role": "user", "content": text}]) for text in ("0", "x")
+                )
+            except RequestError:
+                return [self._first_token], None  # a template that wants more than a user's words
+            same = [left == right for left, right in zip(one, other, strict=False)]
+            behind = [left == right for left, right in zip(one[::-1], other[::-1], strict=False)]
+            before = same.index(False) if False in same else 0
+            after = behind.index(False) if False in behind else 0
+            if before and after:
+                return one[:before], one[len(one) - after :]
+        return [self._first_token], None
+
+    @property
+    def _first_token(self) -> int:
+        """What a text without a prompt begins with."""
+        ids = [getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
+        return next((token for token in ids if token is not None), 0)
 
     def warm_up(self, batch: int = 1) -> None:
         """Compile now what the first steps of at most `batch` sequences would wait for (on a GPU; elsewhere nothing)."""
@@ -336,7 +382,7 @@ class LanguageModel:
         """What drafters need: one for all requests with the same look-ahead embeddings, so that they learn together."""
         if self._drafting is None or self._drafting.look_ahead is not self.look_ahead:
             self._drafting = DraftingEnvironment(
-                self.step_cost, self.draft_runner, self.look_ahead, self.successors
+                self.step_cost, self.draft_runner, self.look_ahead, self.successors, self.datastore
             )
         return self._drafting
 

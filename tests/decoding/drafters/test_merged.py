@@ -7,7 +7,7 @@ from shoestring.decoding.decode import decode
 from shoestring.decoding.drafters.guesses import PlainGuesses
 from shoestring.decoding.drafters.merged import MergedDrafter
 from shoestring.decoding.drafters.protocol import Context
-from shoestring.decoding.drafters.rates import AcceptanceRates, native_part
+from shoestring.decoding.drafters.rates import AcceptanceRates, drafting_part
 from shoestring.decoding.tune import StepCost
 from shoestring.errors import RequestError
 
@@ -103,15 +103,9 @@ def test_a_drafter_used_again_knows_nothing_of_the_last_text_but_the_rates():
 
 def test_a_native_part_older_than_this_leaves_drafting_to_the_plain_twin(monkeypatch):
     native = pytest.importorskip("shoestring._native", reason="built without the native part")
-    assert native_part() is native
-
-    class Guesses:
-        """What an older one had."""
-
-        draft = native.Guesses.draft
-
-    monkeypatch.setattr(native, "Guesses", Guesses)
-    assert native_part() is None
+    assert drafting_part() is native
+    monkeypatch.delattr(native, "Datastore")
+    assert drafting_part() is None
     drafter = MergedDrafter(FLAT_COST)
     assert isinstance(drafter._guesses, PlainGuesses)
     assert len(propose(drafter, TEXT)) >= 3

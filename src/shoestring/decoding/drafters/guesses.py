@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.ngram import SuffixIndex
 from shoestring.decoding.drafters.protocol import ROOT
-from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Guess, native_part
+from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Guess, drafting_part
 from shoestring.decoding.drafters.recycle import SuccessorTable
 from shoestring.decoding.tune import TAUGHT, best_rows
 from shoestring.engine.tokentree import NO_TOKEN
@@ -44,6 +45,9 @@ class Guesses(Protocol):
 
     def set_known(self, known: np.ndarray) -> None:
         """Successors of each token known beforehand, int32 [tokens, width], best first."""
+
+    def set_datastore(self, datastore: Any) -> None:
+        """Texts that the model wrote before: a `Datastore` for the plain guesses, its `native` form for the native ones."""
 
     def forget(self) -> None:
         """Begin another sequence."""
@@ -100,7 +104,7 @@ def make_guesses(rates: AcceptanceRates, longest: int) -> Guesses:
     """The native guesses where the rates are native, else the plain ones."""
     if rates.native is None:
         return PlainGuesses(rates, longest)
-    guesses: Any = native_part().Guesses(rates.native, longest, _PAIRS)
+    guesses: Any = drafting_part().Guesses(rates.native, longest, _PAIRS)
     return guesses
 
 
@@ -169,7 +173,7 @@ class _Speed:
 
 
 class PlainGuesses:
-    """Suffix matches, recycled successors and PaSS's predictions of one sequence.
+    """Suffix matches, recycled successors, PaSS's predictions and a datastore's, of one sequence.
 
     Args:
         rates: acceptance rates, which other sequences may share.
@@ -179,11 +183,16 @@ class PlainGuesses:
     def __init__(self, rates: AcceptanceRates, longest: int) -> None:
         self._rates, self._longest = rates, longest
         self._known: list[list[int]] = []
+        self._datastore: Datastore | None = None
         self.forget()
 
     def set_known(self, known: np.ndarray) -> None:
         """Successors of each token known beforehand, int32 [tokens, width], best first."""
         self._known = known[:, :_MOST_RANK].tolist()
+
+    def set_datastore(self, datastore: Datastore) -> None:
+        """Texts that the model wrote before."""
+        self._datastore = datastore
 
     def forget(self) -> None:
         """Begin another sequence."""
@@ -345,3 +354,7 @@ class PlainGuesses:
         if depth < len(predictions):
             for rank, token in enumerate(predictions[depth]):
                 yield token, ("pass", depth + 1, rank)
+        if self._datastore is not None:
+            length, tokens = self._datastore.after(tail)
+            for rank, token in enumerate(tokens):
+                yield token, ("datastore", length, rank)

@@ -1,4 +1,4 @@
-"""The merged drafter behind `auto`: suffix matches, recycled successors and PaSS grow one trie, best first.
+"""The merged drafter behind `auto`: suffix matches, recycled successors, PaSS and a datastore grow one trie, best first.
 
 `guesses.py` guesses the next token of every node and grows the trie in order of chance; here it is cut where expected
 tokens per second under the measured cost of a step's rows are highest. Look-ahead rows (PaSS) join where the path is
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.guesses import make_guesses
 from shoestring.decoding.drafters.pass_tokens import LookAheadRows
 from shoestring.decoding.drafters.protocol import Context, Draft, StepObservation
@@ -30,7 +31,7 @@ _OWNERS = [*([source] for source in SOURCES), ["look-ahead"]]
 
 
 class MergedDrafter:
-    """Suffix matches, recycled top-k successors and PaSS's predictions in one trie under a row budget.
+    """Suffix matches, recycled top-k successors, PaSS's predictions and a datastore's in one trie under a row budget.
 
     Args:
         cost: the measured cost of a step by its rows; decides how many rows earn their place. None: `budget` does.
@@ -39,7 +40,8 @@ class MergedDrafter:
         rates: acceptance rates to start from (shared by the sequences of a request, so that all learn).
         look_ahead: embeddings for PaSS, or None to do without it.
         governor: rests the drafter where the clock says that drafts lose (shared likewise); None: it never rests.
-        known: what the model finds likely after each token alone, int32 [tokens, width] (`token_successors`).
+        known: what the model finds likely after each token alone, int32 [tokens, width] (`measure_successors`).
+        datastore: texts that the model wrote before (`write_texts`).
     """
 
     name = "auto"
@@ -53,6 +55,7 @@ class MergedDrafter:
         look_ahead: LookAhead | None = None,
         governor: Governor | None = None,
         known: np.ndarray | None = None,
+        datastore: Datastore | None = None,
     ) -> None:
         if cost is None and budget is None:
             raise RequestError("the merged drafter needs a budget or the measured cost of a step")
@@ -65,6 +68,8 @@ class MergedDrafter:
         self._guesses = make_guesses(self._rates, _LONGEST)
         if known is not None:
             self._guesses.set_known(known)
+        if datastore is not None:
+            self._guesses.set_datastore(datastore if self._rates.native is None else datastore.native)
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Forget the last sequence (rates are the model's, and stay)."""

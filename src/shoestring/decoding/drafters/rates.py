@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["SOURCES", "AcceptanceRates", "Guess", "native_part"]
+from shoestring.engine.native_part import native_part
+
+__all__ = ["SOURCES", "AcceptanceRates", "Guess", "drafting_part"]
 
 Guess = tuple[str, int, int]
 """A kind of guess: source, length of the context that it matched (PaSS: position), rank among that source's guesses.
@@ -13,7 +15,7 @@ Recycled successors of a pair of tokens have length 2, of one token 1, and those
 context gave some too, 3 more.
 """
 
-SOURCES = ("ngram", "recycle", "pass", "only pass")
+SOURCES = ("ngram", "recycle", "pass", "only pass", "datastore")
 
 # By length, from 0. "only pass": a token that PaSS alone foresaw, whether or not the tokens before it were drafted.
 _FIRST = MappingProxyType(
@@ -22,17 +24,14 @@ _FIRST = MappingProxyType(
         "recycle": (0.12, 0.33, 0.6, 0.02, 0.1),
         "pass": (0.3, 0.3, 0.2, 0.15, 0.1),
         "only pass": (0.15, 0.15, 0.05, 0.02, 0.01),
+        "datastore": (0.1, 0.1, 0.19, 0.27, 0.3, 0.4, 0.5),
     }
 )
 
 
-def native_part() -> Any:
-    """The native part, or None where it is not installed or older than this."""
-    try:
-        from shoestring import _native
-    except ImportError:
-        return None
-    return _native if hasattr(getattr(_native, "Guesses", None), "observe") else None
+def drafting_part() -> Any:
+    """The native part, where it drafts as the plain twin of this version does."""
+    return native_part("Guesses", "Datastore")
 
 
 class AcceptanceRates:
@@ -49,7 +48,7 @@ class AcceptanceRates:
     def __init__(self, priors: Mapping[Guess, float] | None = None, native: bool | None = None) -> None:
         self._priors = dict(priors or {})
         self._counts: dict[Guess, tuple[float, float]] = {}
-        module = None if native is False else native_part()
+        module = None if native is False else drafting_part()
         self.native: Any = None
         """The native counts; None: they are here."""
         if module is not None:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
+from shoestring.engine.native_part import native_part
 from shoestring.engine.sampling import SamplingOptions, noise_keys
 from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError
@@ -158,7 +159,7 @@ class HostLayout:
             at += _padded(count)
         self._views["temperature"] = self._views["temperature"].view(np.float32)
         self._ancestor_bytes = self._views["ancestors"].view(np.uint8)
-        module = _native_part() if native else None
+        module = native_part("StepLayout") if native else None
         self._native: Any = None
         if module is not None:
             self._native = module.StepLayout(numbers, bucket.slots, bucket.rows, bucket.moves, offsets)
@@ -356,15 +357,6 @@ def _moved(move: Moves) -> int:
     while kept < len(move.rows) and move.rows[kept] == kept:
         kept += 1
     return len(move.rows) - kept
-
-
-def _native_part() -> Any:
-    """The native part, or None where it is not installed or older than this."""
-    try:
-        from shoestring import _native
-    except ImportError:
-        return None
-    return _native if hasattr(_native, "StepLayout") else None
 
 
 def _padded(count: int) -> int:
