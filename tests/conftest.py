@@ -22,3 +22,11 @@ def smollm2():
     import shoestring
 
     return shoestring.load("smollm2-135m", device="cpu", dtype="float32")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_own_texts():
+    """Tiny models would write texts for six seconds each; a tenth of one shows as much."""
+    from shoestring.decoding import own_texts
+
+    own_texts.SECONDS = 0.1

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from architectures import ADMITTED
@@ -338,6 +339,42 @@ def test_the_step_cost_is_measured_once_and_remembered(tmp_path, monkeypatch):
     assert shoestring.LanguageModel(hf_model).step_cost().seconds == (1.0,) * len(cost.rows)
     shoestring.LanguageModel(ADMITTED["llama"].build(num_hidden_layers=1)).step_cost()
     assert len(list((tmp_path / "step-cost").iterdir())) == 2, "another model is measured for itself"
+
+
+def test_its_own_texts_are_written_once_and_remembered(tmp_path, monkeypatch):
+    from shoestring.model import language_model
+
+    monkeypatch.setenv("SHOESTRING_CACHE", str(tmp_path))
+    written = []
+
+    def write(runner, opening, ending, eos_ids, seconds, progress):
+        written.append((opening, ending, seconds))
+        return np.arange(len(written) * 10, dtype=np.int32)
+
+    monkeypatch.setattr(language_model, "write_texts", write)
+    hf_model = ADMITTED["llama"].build()
+    model = shoestring.LanguageModel(hf_model, name="tiny")
+    assert len(model.datastore()) == 10
+    assert model.datastore() is model.datastore()
+    assert len(shoestring.LanguageModel(hf_model).datastore()) == 10
+    assert written == [([0], None, None)], "no chat format, no tokenizer"
+    assert len(model.datastore(seconds=3.0)) == 20
+    assert written[1:] == [([0], None, 3.0)]
+    other = copy.deepcopy(hf_model)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    assert len(shoestring.LanguageModel(other).datastore()) == 30, "other weights say other things"
+    monkeypatch.setattr(language_model, "write_texts", lambda *arguments, **options: np.empty(0, np.int32))
+    assert shoestring.LanguageModel(other).datastore(seconds=1.0) is None
+
+
+def test_a_bundled_models_texts_come_with_it_and_its_chat_format_is_known(smollm2):
+    chat = smollm2.encode(MESSAGES)
+    opening, ending = smollm2.chat_frame()
+    assert chat[: len(opening)] == opening
+    assert chat[len(chat) - len(ending) :] == ending
+    assert smollm2.tokenizer.decode(chat[len(opening) : len(chat) - len(ending)]) == MESSAGES[0]["content"]
+    assert len(smollm2.datastore()) >= 100_000
 
 
 @pytest.fixture(scope="module")

@@ -298,15 +298,21 @@ def _propose(runner: Runner, sequence: _Sequence, drafter: Drafter, batch: int) 
         room = limit - len(sequence.context.tokens)
         if len(draft) > room and any(draft.depth(node) > room for node in range(len(draft))):
             draft = draft.clipped(room)
-    vocabulary, embeddings = runner.vocab_size, draft.embeddings
-    if embeddings or (draft.tokens and not (min(draft.tokens) >= 0 and max(draft.tokens) < vocabulary)):
-        for node, token in enumerate(draft.tokens):
-            # A row with an embedding has no token: it could be accepted with another row's keys and values.
-            if token != NO_TOKEN if node in embeddings else not 0 <= token < vocabulary:
-                name = getattr(drafter, "name", type(drafter).__name__)
-                raise RequestError(
-                    f"the drafter {name!r} proposed token {token}; the vocabulary has {vocabulary}"
-                )
+    vocabulary, tokens, embeddings = runner.vocab_size, draft.tokens, draft.embeddings
+    # A row with an embedding has no token: it could be accepted with another row's keys and values.
+    right = not tokens or (max(tokens) < vocabulary and min(tokens) >= NO_TOKEN)
+    if (
+        not right
+        or tokens.count(NO_TOKEN) != len(embeddings)
+        or any(tokens[node] >= 0 for node in embeddings)
+    ):
+        wrong = next(
+            token
+            for node, token in enumerate(tokens)
+            if (token != NO_TOKEN if node in embeddings else not 0 <= token < vocabulary)
+        )
+        name = getattr(drafter, "name", type(drafter).__name__)
+        raise RequestError(f"the drafter {name!r} proposed token {wrong}; the vocabulary has {vocabulary}")
     return draft
 
 

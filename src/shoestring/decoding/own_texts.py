@@ -23,7 +23,8 @@ __all__ = ["bundled_texts", "remembered_texts", "write_texts"]
 _BATCH = 8
 _REQUEST_TOKENS, _ANSWER_TOKENS = 48, 192
 _BEFORE_ANSWER = 6  # tokens of the chat format that are kept in front of an answer
-_SECONDS, _MOST_TOKENS, _LEAST_TOKENS = 6.0, 400_000, 8_000
+SECONDS = 6.0
+_MOST_TOKENS, _LEAST_TOKENS = 400_000, 8_000
 
 
 def write_texts(
@@ -31,7 +32,7 @@ def write_texts(
     opening: Sequence[int],
     ending: Sequence[int] | None,
     eos_ids: Sequence[int] = (),
-    seconds: float = _SECONDS,
+    seconds: float | None = None,
     tokens: int = _MOST_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
@@ -42,10 +43,11 @@ def write_texts(
         opening: the chat format in front of a user's first words, or a first token.
         ending: the chat format between a request and its answer; None: there is none, and texts are free.
         eos_ids: tokens that end a request or an answer.
-        seconds: none are written by a model so slow that it would not get far.
+        seconds: `SECONDS` by default; none are written by a model so slow that it would not get far.
         tokens: at most.
         progress: called with tokens written, and `tokens`.
     """
+    seconds = SECONDS if seconds is None else seconds
     room = runner.max_positions
     if room is not None and room <= len(opening) + len(ending or ()) + _REQUEST_TOKENS:
         return np.empty(0, np.int32)
@@ -65,7 +67,8 @@ def write_texts(
                 most = _REQUEST_TOKENS if ending is not None else most
             yield Request(prompt=prompt, sampling=sampling, stopping=StopChecker(None, eos_ids, most))
 
-    began, counted = time.perf_counter(), 0
+    began = now = time.perf_counter()
+    counted, judged = 0, False
     with closing(decode(runner, requests(), _BATCH)) as emissions:
         for emission in emissions:
             text = written.setdefault(emission.request, [])
@@ -79,9 +82,14 @@ def write_texts(
                     made_up.append(text[:-1] if text[-1] in eos_ids else text)
                 if progress is not None:
                     progress(min(len(texts), tokens), tokens)
-            spent = time.perf_counter() - began
-            if spent > seconds / 6 and counted * seconds < spent * min(_LEAST_TOKENS, tokens):
-                return np.empty(0, np.int32)
+            before, now = now, time.perf_counter()
+            if not runner.settled:
+                began += now - before  # compiling is not writing
+            spent = now - began
+            if not judged and spent > seconds / 6:
+                judged = True
+                if counted * seconds < spent * min(_LEAST_TOKENS, tokens):
+                    return np.empty(0, np.int32)
             if spent > seconds or counted >= tokens:
                 break
     for request, text in written.items():
@@ -105,15 +113,13 @@ def remembered_texts(
     path: Path,
     vocabulary: int,
     write: Callable[[], np.ndarray],
+    anew: bool = False,
 ) -> np.ndarray:
-    """The texts in the file `path`, or what `write` gives, written there."""
+    """The texts in the file `path`, or what `write` gives, written there (`anew`: in any case)."""
     try:
         texts = np.load(path, allow_pickle=False)
-        if (
-            texts.dtype == np.int32
-            and texts.ndim == 1
-            and (not len(texts) or 0 <= texts.min() <= texts.max() < vocabulary)
-        ):
+        known = texts.dtype == np.int32 and texts.ndim == 1
+        if known and not anew and texts.min(initial=0) >= 0 and texts.max(initial=0) < vocabulary:
             return texts
     except (OSError, ValueError, EOFError):
         texts = None  # not written yet, or not by this version: write

@@ -50,16 +50,17 @@ class TokenTree:
         if len(tokens) == 1 and tokens[0] >= 0:  # a plain step
             object.__setattr__(self, "depths", [0])
             return
-        depths = [0] * len(tokens)
+        depths = [0]
         for row in range(1, len(tokens)):
             parent = parents[row]
             if not 0 <= parent < row:
                 raise RequestError(f"row {row} names parent {parent}: a parent is an earlier row")
-            depths[row] = depths[parent] + 1
+            depths.append(depths[parent] + 1)
         if min(tokens) < 0:
-            for row, token in enumerate(tokens):
-                if token < 0 and not (self.embeddings and row in self.embeddings):
-                    raise RequestError(f"row {row} has token {token} and no embedding")
+            own = self.embeddings or ()
+            without = [row for row, token in enumerate(tokens) if token < 0 and row not in own]
+            if without:
+                raise RequestError(f"row {without[0]} has token {tokens[without[0]]} and no embedding")
         object.__setattr__(self, "depths", depths)
 
     @classmethod

@@ -290,28 +290,32 @@ class LanguageModel:
             self._successors = remembered_successors(self.runner, self._first_token, path, report)
         return self._successors
 
-    def datastore(self) -> Datastore | None:
-        """Texts that the model writes by itself, which `auto` drafts from: written once (6 seconds), then remembered.
+    def datastore(self, seconds: float | None = None) -> Datastore | None:
+        """Texts that the model writes by itself, which `auto` drafts from: written once, then remembered in the cache.
 
-        None for a model too slow to write many. Those of a bundled model come with the package.
+        None for a model too slow to write many in the time. Those of a bundled model come with the package.
+
+        Args:
+            seconds: write anew, for so long; None: 6 seconds, where none are remembered.
         """
-        if self._datastore is None:
-            texts = bundled_texts(self.name)
+        if self._datastore is None or seconds is not None:
+            texts = bundled_texts(self.name) if seconds is None else None
             if texts is None or texts.max(initial=0) >= self.runner.vocab_size:
                 # Other weights of the same shape show in the successors.
                 known = self.successors()
                 mark = hashlib.sha256(b"" if known is None else known.tobytes()).hexdigest()[:12]
                 path = hub.cache_root() / "own-texts" / f"{self._fingerprint()}-{mark}.npy"
-                texts = remembered_texts(path, self.runner.vocab_size, self._write_texts)
+                write = functools.partial(self._write_texts, seconds)
+                texts = remembered_texts(path, self.runner.vocab_size, write, anew=seconds is not None)
             self._datastore = Datastore(texts)
         return self._datastore if len(self._datastore) else None
 
-    def _write_texts(self) -> np.ndarray:
+    def _write_texts(self, seconds: float | None) -> np.ndarray:
         report = functools.partial(self._progress, "write") if self._progress else None
-        opening, ending = self._chat_frame()
-        return write_texts(self.runner, opening, ending, self.eos_ids, progress=report)
+        opening, ending = self.chat_frame()
+        return write_texts(self.runner, opening, ending, self.eos_ids, seconds, progress=report)
 
-    def _chat_frame(self) -> tuple[list[int], list[int] | None]:
+    def chat_frame(self) -> tuple[list[int], list[int] | None]:
         """The tokens in front of a user's words and those behind them; without a chat format, a first token."""
         if self.has_chat_template:
             try:

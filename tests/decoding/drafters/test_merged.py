@@ -1,12 +1,16 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from comparing import FLAT_COST, generate, plain_model, prompt_of, request, run, runner_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoestring.decoding.decode import decode
+from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.guesses import PlainGuesses
 from shoestring.decoding.drafters.merged import MergedDrafter
-from shoestring.decoding.drafters.protocol import Context
+from shoestring.decoding.drafters.protocol import Context, StepObservation
 from shoestring.decoding.drafters.rates import AcceptanceRates, drafting_part
 from shoestring.decoding.tune import StepCost
 from shoestring.errors import RequestError
@@ -109,3 +113,20 @@ def test_a_native_part_older_than_this_leaves_drafting_to_the_plain_twin(monkeyp
     drafter = MergedDrafter(FLAT_COST)
     assert isinstance(drafter._guesses, PlainGuesses)
     assert len(propose(drafter, TEXT)) >= 3
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_datastore_is_drafted_from_and_learned_of(native):
+    rates = AcceptanceRates(native=None if native else False)
+    if native and rates.native is None:
+        pytest.skip("the native part is not installed")
+    texts = np.array([1, 2, 3, 4, 5, 9, 2, 3, 8], np.int32)
+    drafter = MergedDrafter(None, 2, rates=rates, datastore=Datastore(texts))
+    drafter.begin([7, 1, 2, 3])
+    draft = drafter.propose(Context([7, 1, 2, 3], 4), 99)
+    assert (draft.tokens, draft.parents) == ([4, 5], [-1, 0]), "behind 1 2 3, not only 2 3"
+    assert draft.owners == {0: ["datastore"], 1: ["datastore"]}
+    before = rates.rate(("datastore", 3, 0))
+    results = SimpleNamespace(top_k_table=lambda rows: np.zeros((len(rows), 8), np.int32))
+    drafter.observe(StepObservation(Context([7, 1, 2, 3, 4, 5, 6], 4), draft, [4, 5, 6], [0, 1], results, 1))
+    assert rates.rate(("datastore", 3, 0)) > before

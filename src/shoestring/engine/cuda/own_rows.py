@@ -33,7 +33,11 @@ class OwnRows:
         wanted = {slot: list(tree.embeddings.values()) for slot, tree in trees.items() if tree.embeddings}
         if not wanted:
             return {}
-        keys = {slot: [_identity(vector) for vector in vectors] for slot, vectors in wanted.items()}
+        keys = {slot: [*map(_identity, vectors)] for slot, vectors in wanted.items()}
+        try:
+            return {slot: [*map(self._places.__getitem__, some)] for slot, some in keys.items()}
+        except KeyError:
+            pass  # some are new
         every = {
             key: vector
             for slot, vectors in wanted.items()
