@@ -219,6 +219,14 @@ def test_sequences_share_the_verdict():
     assert sum(drafted) < 40
 
 
+def test_of_a_batchs_average_gain_a_part_is_left_to_texts_that_lag():
+    """Two tokens for the time of 1.9 plain steps: a gain of a text alone, none of eight that end one after another."""
+    alone = run(400, plain=1.0, drafting=1.9, accepted=lambda step: 2)
+    shared = run(400, plain=1.0, drafting=1.9, accepted=lambda step: 2, sequences=8)
+    assert sum(alone) > 380
+    assert sum(shared) < 100
+
+
 def test_accounts_are_kept_by_the_number_of_sequences():
     """Eight sequences end one after another; drafts pay where four or fewer are left."""
     clock, drafted = Clock(), {}

@@ -26,10 +26,11 @@ _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where
 _NOTICED = 0.005  # of a step's seconds: a smaller correction is not worth planning anew for
 _WATCHED = 8  # of so many plain steps one is timed, where drafts rest for long: the clock costs time itself
 _CORRECTED_AFTER = 16  # plain steps, where drafts rest for long: planning does not need them sooner
-_TRUSTED, _LATELY = (
-    24.0,
-    64,
-)  # tokens that a drafter is believed from the first, and steps that count against it
+# Tokens that a drafter is believed from the first, and steps that count against it.
+_TRUSTED, _LATELY = 24.0, 64
+# Texts that draft well end sooner and leave the others to a step that costs nearly as much: of what drafts give a batch on
+# average, each further sequence takes so much away.
+_LAGGING = 0.015
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
@@ -71,10 +72,10 @@ class Governor:
     of one, and a batch whose texts end one after another must not try drafts anew each time.
 
     Args:
-        limit: what drafts of one sequence may lose before they rest, in plain steps; of n, whose steps leave less to
-            chance, less by the root of n.
+        limit: what drafts of one sequence may lose before they rest, in plain steps; of n sequences, whose steps leave
+            less to chance, an n-th of it.
         allowance: what they may lose in the long run, of the plain steps' time.
-        credit: what earlier wins may make up for, likewise.
+        credit: what earlier wins may make up for, in plain steps; likewise.
         first: plain steps that come first, the first of them to warm up.
         refresh: two plain steps are taken after so many drafting ones, so that their cost stays known.
         clock: seconds.
@@ -220,11 +221,12 @@ class Governor:
         # Drafts differ in rows, so that their median would hide what the wide ones take.
         took = min(seconds, _OUTLIER * _median(times.drafting))
         share = self._expected / self._told * account.promise(self._tokens, self._expected)
-        won = share - took / plain
-        account.balance = min(self._credit, account.balance + won)
-        if account.balance >= self._credit / 2:
+        won = share / (1 + _LAGGING * (self._sequences - 1)) - took / plain
+        limit, credit = self._limit / self._sequences, self._credit / self._sequences
+        account.balance = min(credit, account.balance + won)
+        if account.balance >= credit / 2:
             account.patience = 1
-        if account.balance < -self._limit / math.sqrt(self._sequences):
+        if account.balance < -limit:
             account.owed = math.ceil(-account.balance / self._allowance)
             account.resting = account.patience * account.owed
             account.patience = min(2 * account.patience, _MOST_PATIENCE)
