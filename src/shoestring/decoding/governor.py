@@ -31,6 +31,7 @@ _TRUSTED, _LATELY = 24.0, 64
 # Texts that draft well end sooner and leave the others to a step that costs nearly as much: of what drafts give a batch on
 # average, each further sequence takes so much away.
 _LAGGING = 0.015
+_MANY = 2  # the account of three and four sequences, and those of more: texts that come and go do not end their rest
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
@@ -132,12 +133,13 @@ class Governor:
         return self._cost
 
     def begins(self) -> None:
-        """A text begins: it may repeat itself where the last one did not."""
+        """A text begins: it may repeat itself where the last one did not. Of many texts one more says little."""
         self._finish()
         self._began = None  # what passed since the last step is no step's time
         self._unwatched = 0
-        for account in self._accounts.values():
-            account.patience, account.resting = 1, min(account.resting, max(account.owed, 1))
+        for about, account in self._accounts.items():
+            if about < _MANY:
+                account.patience, account.resting = 1, min(account.resting, max(account.owed, 1))
 
     def drafts(self, sequences: int = 1) -> bool:
         """Whether the step that begins now, of so many sequences, should draft."""
