@@ -22,7 +22,7 @@ def main() -> None:
     opening, ending = model.chat_frame()
     texts = write_texts(
         model.runner, opening, ending, model.eos_ids, seconds=86400, tokens=options.tokens,
-        progress=lambda done, most: print(f"\r{done} of {most} tokens", end="", flush=True),
+        progress=lambda done, most: print(f"\r{done} of {most} per cent", end="", flush=True),
     )  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)
     np.save(options.output, texts.astype(np.uint16))

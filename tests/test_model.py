@@ -364,6 +364,10 @@ def test_its_own_texts_are_written_once_and_remembered(tmp_path, monkeypatch):
     with torch.no_grad():
         other.lm_head.weight.neg_()
     assert len(shoestring.LanguageModel(other).datastore()) == 30, "other weights say other things"
+    slow = shoestring.LanguageModel(other)
+    slow._successors = np.empty((0, 8), np.int32)
+    assert slow.datastore() is None, "too slow to look at its vocabulary"
+    assert len(written) == 3
     monkeypatch.setattr(language_model, "write_texts", lambda *arguments, **options: np.empty(0, np.int32))
     assert shoestring.LanguageModel(other).datastore(seconds=1.0) is None
 

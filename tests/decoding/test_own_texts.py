@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from comparing import generate, plain_model, runner_of
+from comparing import GREEDY, generate, plain_model, runner_of
 
 from shoestring.decoding import own_texts
 from shoestring.decoding.own_texts import bundled_texts, remembered_texts, write_texts
@@ -39,7 +39,9 @@ def test_answers_to_its_own_requests_are_what_it_would_say(runner, asked):
     )
     assert texts.dtype == np.int32
     assert len(texts) == 80
-    assert progress[-1] == (80, 80)
+    assert progress[-1] == (100, 100)
+    assert len(progress) > 3
+    assert sorted(progress) == progress
     assert not runner.slots
     made_up = [one for one in asked if one.prompt == OPENING]
     assert all(one.sampling.temperature == 1 for one in made_up)
@@ -99,6 +101,21 @@ def test_compiling_is_no_writing(asked, monkeypatch):
 
     monkeypatch.setattr(own_texts.time, "perf_counter", clock)
     assert len(write_texts(runner, OPENING, ENDING, seconds=60, tokens=200)) == 200
+
+
+def test_other_streams_slots_are_left_to_them(runner, asked, monkeypatch):
+    used = []
+    decode = own_texts.decode
+    monkeypatch.setattr(
+        own_texts, "decode", lambda *arguments: used.append(arguments[2]) or decode(*arguments)
+    )
+    for slot in range(3):
+        runner.open(slot, GREEDY)
+    write_texts(runner, OPENING, ENDING, seconds=60, tokens=10)
+    assert sorted(runner.slots) == [0, 1, 2]
+    for slot in range(3):
+        runner.release(slot)
+    assert used == [5]
 
 
 def test_a_short_context_leaves_no_room(runner, monkeypatch):

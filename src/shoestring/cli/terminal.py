@@ -23,6 +23,7 @@ _STAGES = {
     "pack": "packing",
     "calibrate": "rounding the layers (GPTQ)",
     "measure": "timing this machine (once)",
+    "write": "letting the model write what drafts come from (once)",
     "warm up": "compiling steps",
 }
 _DRAFTED = "green"

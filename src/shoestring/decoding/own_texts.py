@@ -45,7 +45,7 @@ def write_texts(
         eos_ids: tokens that end a request or an answer.
         seconds: `SECONDS` by default; none are written by a model so slow that it would not get far.
         tokens: at most.
-        progress: called with tokens written, and `tokens`.
+        progress: called with per cent of the time or of the tokens, and 100.
     """
     seconds = SECONDS if seconds is None else seconds
     room = runner.max_positions
@@ -69,7 +69,8 @@ def write_texts(
 
     began = now = time.perf_counter()
     counted, judged = 0, False
-    with closing(decode(runner, requests(), _BATCH)) as emissions:
+    slots = max(1, _BATCH - len(runner.slots))  # runners have no more than some
+    with closing(decode(runner, requests(), slots)) as emissions:
         for emission in emissions:
             text = written.setdefault(emission.request, [])
             text.append(emission.token)
@@ -80,8 +81,6 @@ def write_texts(
                     texts += [*(ending or ())[-_BEFORE_ANSWER:], *text]
                 elif text[0] not in eos_ids:
                     made_up.append(text[:-1] if text[-1] in eos_ids else text)
-                if progress is not None:
-                    progress(min(len(texts), tokens), tokens)
             before, now = now, time.perf_counter()
             if not runner.settled:
                 began += now - before  # compiling is not writing
@@ -92,11 +91,13 @@ def write_texts(
                     return np.empty(0, np.int32)
             if spent > seconds or counted >= tokens:
                 break
+            if progress is not None and emission.finish_reason:
+                progress(int(100 * max(spent / seconds, counted / tokens)), 100)
     for request, text in written.items():
         if answers[request]:
             texts += [*(ending or ())[-_BEFORE_ANSWER:], *text]
     if progress is not None:
-        progress(tokens, tokens)
+        progress(100, 100)
     return np.array(texts[:tokens], np.int32)
 
 

@@ -39,7 +39,8 @@ class LanguageModel:
         model: the HF module, unmodified; `close` gives it its own attention back. None where `runner` needs none.
         tokenizer, name: transformers' tokenizer, or None to work with token ids only; a name for messages.
         slots: the most sequences in one step.
-        progress: called as ("measure", done, total) while the cost of steps is timed.
+        progress: called as ("measure", done, total) while the cost of steps is timed, and "write" while the model writes
+            the texts that drafts come from.
         runner: the body that runs the model; None: an `HFRunner`, which changes the module's attention.
         look_ahead: embeddings for PaSS, checked against the model already.
         config, generation_config: the module's own unless given.
@@ -306,7 +307,10 @@ class LanguageModel:
                 mark = hashlib.sha256(b"" if known is None else known.tobytes()).hexdigest()[:12]
                 path = hub.cache_root() / "own-texts" / f"{self._fingerprint()}-{mark}.npy"
                 write = functools.partial(self._write_texts, seconds)
-                texts = remembered_texts(path, self.runner.vocab_size, write, anew=seconds is not None)
+                if known is not None and not len(known) and seconds is None:
+                    texts = np.empty(0, np.int32)  # too slow to look at its vocabulary is too slow to write
+                else:
+                    texts = remembered_texts(path, self.runner.vocab_size, write, anew=seconds is not None)
             self._datastore = Datastore(texts)
         return self._datastore if len(self._datastore) else None
 
