@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from shoestring.decoding.decode import Request, decode
+from shoestring.decoding.kept_arrays import keep_array, kept_array
 from shoestring.decoding.stopping import StopChecker
 from shoestring.engine.runner import Runner
 from shoestring.engine.sampling import SamplingOptions
@@ -117,19 +118,15 @@ def remembered_texts(
     anew: bool = False,
 ) -> np.ndarray:
     """The texts in the file `path`, or what `write` gives, written there (`anew`: in any case)."""
-    try:
-        texts = np.load(path, allow_pickle=False)
-        known = texts.dtype == np.int32 and texts.ndim == 1
-        if known and not anew and texts.min(initial=0) >= 0 and texts.max(initial=0) < vocabulary:
-            return texts
-    except (OSError, ValueError, EOFError):
-        texts = None  # not written yet, or not by this version: write
+    texts = None if anew else kept_array(path)
+    if texts is not None and _are_texts(texts, vocabulary):
+        return texts
     texts = write()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npy")
-        np.save(part, texts)
-        part.replace(path)
-    except OSError:
-        return texts  # a read-only cache only costs the writing again next time
+    keep_array(path, texts)
     return texts
+
+
+def _are_texts(array: np.ndarray, vocabulary: int) -> bool:
+    """Whether they are tokens of a model with such a vocabulary, one behind another."""
+    one_behind_another = array.dtype == np.int32 and array.ndim == 1
+    return one_behind_another and 0 <= array.min(initial=0) <= array.max(initial=0) < vocabulary

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shoestring.decoding.kept_arrays import keep_array, kept_array
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
@@ -68,20 +69,11 @@ def remembered_successors(
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """The table in the file `path` where it is this model's, or a new one written there."""
-    try:
-        table = np.load(path, allow_pickle=False)
-        if _is_ours(table, runner, first):
-            return np.ascontiguousarray(table)
-    except (OSError, ValueError, EOFError):
-        table = None  # not measured yet, or not by this version: measure
+    table = kept_array(path)
+    if table is not None and _is_ours(table, runner, first):
+        return np.ascontiguousarray(table)
     table = measure_successors(runner, first, progress=progress)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npy")
-        np.save(part, table)
-        part.replace(path)
-    except OSError:
-        return table  # a read-only cache only costs the measurement again next time
+    keep_array(path, table)
     return table
 
 

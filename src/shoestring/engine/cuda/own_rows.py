@@ -34,26 +34,27 @@ class OwnRows:
         if not wanted:
             return {}
         keys = {slot: [*map(_identity, vectors)] for slot, vectors in wanted.items()}
-        try:
-            return {slot: [*map(self._places.__getitem__, some)] for slot, some in keys.items()}
-        except KeyError:
-            pass  # some are new
-        every = {
-            key: vector
-            for slot, vectors in wanted.items()
-            for key, vector in zip(keys[slot], vectors, strict=True)
-        }
+        if not all(key in self._places for some in keys.values() for key in some):
+            self._copy(
+                {
+                    key: vector
+                    for slot, vectors in wanted.items()
+                    for key, vector in zip(keys[slot], vectors, strict=True)
+                }
+            )
+        return {slot: [*map(self._places.__getitem__, some)] for slot, some in keys.items()}
+
+    def _copy(self, every: dict[tuple[int, int], Tensor]) -> None:
+        """Bring those of a step's vectors into the buffer that are not in it."""
         new = {key: vector for key, vector in every.items() if key not in self._places}
         if len(self._places) + len(new) > len(self._buffer):  # make room: what this step needs comes anew
             self._places, self._kept, new = {}, [], every
-        if new:
-            first = len(self._places)
-            self._buffer[first : first + len(new)] = torch.stack(
-                [vector.detach().to(self._buffer.device) for vector in new.values()]
-            )
-            self._places |= {key: first + index for index, key in enumerate(new)}
-            self._kept += new.values()
-        return {slot: [self._places[key] for key in some] for slot, some in keys.items()}
+        first = len(self._places)
+        self._buffer[first : first + len(new)] = torch.stack(
+            [vector.detach().to(self._buffer.device) for vector in new.values()]
+        )
+        self._places |= {key: first + index for index, key in enumerate(new)}
+        self._kept += new.values()
 
 
 def _identity(vector: Tensor) -> tuple[int, int]:
