@@ -108,10 +108,13 @@ def test_norm_in_front_equals_norm_on_the_way(workspace):
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("inputs", [256, 224])
-def test_written_out_weights(workspace, quantize, inputs):
+@pytest.mark.parametrize(("written", "tma"), [(True, False), (True, True), (False, True)])
+def test_written_out_weights_and_copied_rows(workspace, quantize, inputs, written, tma):
     x, norm = random(18, inputs), RowNorm(random(inputs, seed=1))
     weights = [pack_weight(random(40, inputs, seed=seed), quantize) for seed in (0, 1)]
-    config = replace(FEW, block_k=128, split_k=2, written=True)
+    config = replace(FEW, block_k=128, split_k=2, written=written, tma=tma)
+    bare = list(launches(Product(x, weights[0], None, random(18, 40)), workspace, Tuning(), config))[-1]
+    assert sum(isinstance(one, TensorDescriptor) for one in bare.arguments) == tma, "only rows are copied"
     out = torch.full((18, 40), float("nan"), device=DEVICE)
     linear(x, weights[0], out, norm=norm, workspace=workspace, config=config)
     assert_near(out, x, weights[0], norm=norm)
@@ -270,6 +273,9 @@ def test_heuristics_are_launchable(kind):
                     assert size & (size - 1) == 0 < size
                 assert config.block_k >= (64 if problem.quantised else 16)
                 assert 1 <= config.split_k <= max(1, inputs // config.block_k)
+            copied = heuristic(problem, copies=True)
+            assert copied.tma == (problem.quantised and rows > 16), "tiles of many rows alone"
+            assert 1 <= copied.split_k <= max(1, inputs // copied.block_k)
 
 
 def test_winners_are_kept_in_a_file(tmp_path):
@@ -304,3 +310,5 @@ def test_an_untuned_gpu_takes_what_was_measured_on_its_sibling(tmp_path):
     shipped = of_gpu("NVIDIA H100 80GB HBM3", (9, 0))
     assert shipped.pdl
     assert shipped.capability == (9, 0)
+    unseen = Problem(4000, 4000, 64, "int4")
+    assert shipped.config(unseen) == heuristic(unseen, copies=True) != Tuning().config(unseen)

@@ -12,7 +12,7 @@ PROGRAM = """
 import sys
 import torch
 from compiled_launches import SHARED_MEMORY, compile_problem
-from shoestring.engine.cuda.tuning import LaunchConfig, Problem
+from shoestring.engine.cuda.tuning import LaunchConfig, Problem, heuristic
 
 SMOLLM2 = {"qkv": (960, 576), "gate": (1536, 576), "down": (576, 1536), "head": (49152, 576)}
 SEVEN = {"qkv": (12288, 4096), "output": (4096, 4096), "gate": (11008, 4096), "down": (4096, 11008)}
@@ -55,7 +55,21 @@ def check_whole_rows(shape, rows, config):
     sums = config.block_n // 16 * config.block_m // 8 * (2 if gated else 1)
     assert after.count("mma.sync") == config.block_k // 16 // config.warps * sums and "mma" not in before
 
+def check_copied_rows(shape, rows, kind):
+    # No fence holds the tensor cores up until all loads on the way have come.
+    problem = Problem(*shape, rows, kind, shape == SEVEN["gate"])
+    config = heuristic(problem, copies=True)
+    made = compile_problem(problem, norm=True, scaled=True, pdl=True, config=config)[-1]
+    print(problem.key, config, made.registers, "registers", made.spilled, "spilled", made.shared, "shared", flush=True)
+    assert config.written and config.tma
+    assert made.shared <= SHARED_MEMORY
+    assert not made.spilled, made.spilled
+    assert "cp.async.bulk.tensor.2d" in made.ptx and "cp.async.c" in made.ptx
+    assert "wgmma.mma_async" in made.ptx and "fence.proxy.async" not in made.ptx.split("wgmma.fence")[0]
+
 if sys.argv[1] == "few":
+    check_copied_rows(SEVEN["qkv"], 64, "int8")
+    check_copied_rows(SEVEN["gate"], 32, "int4")
     check_whole_rows(SMOLLM2["gate"], 16, LaunchConfig("whole_rows", 16, 1024, 8, warps=8, slices=16))
     check_whole_rows(SMOLLM2["down"], 16, LaunchConfig("whole_rows", 16, 2048, 16, warps=16, slices=64))
     check(SMOLLM2["qkv"], 1, "bfloat16", pdl=True)

@@ -12,6 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoestring.engine.cuda.products import Launch, LinearWorkspace, Product, ScaledRows, launches
 from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning
@@ -92,6 +93,9 @@ def compile_launch(launch: Launch) -> Compiled:
             attributes[at] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif isinstance(value, TensorDescriptor):
+            height, width = value.block_shape
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{height},{width}]>"
         elif value is None or (value == 1 and not plain):
             constants[at] = value
         else:
@@ -99,6 +103,8 @@ def compile_launch(launch: Launch) -> Compiled:
             if value % 16 == 0 and not plain:
                 attributes[at] = [["tt.divisibility", 16]]
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "launch_pdl": launch.constants["PDL"]}
+    if launch.registers:
+        options["maxnreg"] = launch.registers
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", 90, 32), options=options,

@@ -19,37 +19,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoestring.engine.cuda.unpack_kernels import halves, nibbles, signed, wide_nibbles
+from shoestring.engine.cuda.quantized_tiles import add_int4, add_int8, add_written
+from shoestring.engine.cuda.tile_loads import load, pairs_of_x, prefetch, rows_of_x, wrapped
 
 __all__ = ["few_rows_kernel"]
-
-
-@triton.jit
-def load(pointer, inside, EVEN: tl.constexpr, POLICY: tl.constexpr):
-    """Values, zeros outside; EVEN: all are inside."""
-    if EVEN:
-        values = tl.load(pointer, eviction_policy=POLICY)
-    else:
-        values = tl.load(pointer, mask=inside, other=0, eviction_policy=POLICY)
-    return values
-
-
-@triton.jit
-def wrapped(m, rows):
-    """The row to read for row m: rows beyond the last are read as the first ones, so that loads need no mask.
-
-    Not all as the last one: every program would ask the L2 cache for the same lines, which took longer than other rows.
-    """
-    return m % rows
-
-
-@triton.jit
-def gained(values, gain, k, K: tl.constexpr, EVEN: tl.constexpr, ADDS_ONE: tl.constexpr):
-    """Inputs [.., k] times an RMSNorm's gain, in float32."""
-    gains = load(gain + k, k < K, EVEN, "evict_last").to(tl.float32)
-    if ADDS_ONE:
-        gains += 1.0
-    return values.to(tl.float32) * gains
 
 
 @triton.jit
@@ -70,105 +43,6 @@ def activated(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         x = tl.maximum(x, 0.0)
     return x
-
-
-@triton.jit
-def prefetch(values, row_bytes, first_byte, n, ROW_BYTES: tl.constexpr, LINES: tl.constexpr):
-    """Ask for lines of 128 bytes of some rows, as far as the L2 cache."""
-    rows = values.to(tl.int64) + n.to(tl.int64) * row_bytes
-    at = rows[:, None] + tl.minimum(first_byte + tl.arange(0, LINES) * 128, ROW_BYTES - 1)[None, :]
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
-
-
-@triton.jit
-def _rows_of_x(
-    x, gain, squares, k, K: tl.constexpr, EVEN: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
-    COMPUTE: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
-    """A tile of rows [BLOCK_M, k] to multiply with, and the sums of squares so far."""
-    values = load(x + k[None, :], (k < K)[None, :], EVEN, POLICY)
-    if HAS_NORM:
-        wide = values.to(tl.float32)
-        squares += wide * wide
-        values = gained(wide, gain, k[None, :], K, EVEN, ADDS_ONE)
-    return values.to(COMPUTE), squares
-
-
-@triton.jit
-def _pairs_of_x(
-    x, gain, squares, k, K: tl.constexpr, EVEN: tl.constexpr, HAS_NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Inputs k and those 32 on, as right operands [k, BLOCK_M], and the sums of squares so far."""
-    tile, squares = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last")
-    even = tl.trans(tile)
-    tile, squares = _rows_of_x(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last")
-    return even, tl.trans(tile), squares
-
-
-@triton.jit
-def _add_int8(
-    sums, values, scales, n, chunk, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Add two groups' products: 64 inputs."""
-    byte = chunk * 64 + tl.arange(0, 32)
-    words = load(scales + chunk * scales_stride + n, chunk * 64 < K, EVEN, "evict_first")
-    even_scale, odd_scale = halves(words)
-    levels = load(values + byte[None, :], (byte < K)[None, :], EVEN, "evict_first")
-    sums += even_scale[:, None] * tl.dot(levels.to(COMPUTE), even, input_precision="ieee")
-    levels = load(values + byte[None, :] + 32, (byte + 32 < K)[None, :], EVEN, "evict_first")
-    return sums + odd_scale[:, None] * tl.dot(levels.to(COMPUTE), odd, input_precision="ieee")
-
-
-@triton.jit
-def _add_int4(
-    sums, values, scales, n, chunk, scales_stride, even, odd, even_sum, odd_sum,
-    K: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Add two groups' products: 64 inputs."""
-    inside = chunk * 64 < K
-    pairs = load(values + chunk * 32 + tl.arange(0, 32)[None, :], inside, EVEN, "evict_first")
-    low, high, offset = nibbles(pairs, COMPUTE, PTX)
-    words = scales + 2 * chunk * scales_stride + n
-    scale, minimum = halves(load(words, inside, EVEN, "evict_first"))
-    part = tl.dot(low, even, input_precision="ieee")
-    sums += scale[:, None] * part
-    sums += (minimum - offset * scale)[:, None] * even_sum
-    scale, minimum = halves(load(words + scales_stride, inside, EVEN, "evict_first"))
-    part = tl.dot(high, odd, input_precision="ieee")
-    sums += scale[:, None] * part
-    return sums + (minimum - offset * scale)[:, None] * odd_sum
-
-
-@triton.jit
-def _add_written(
-    sums, values, scales, n, chunk, scales_stride, even, odd,
-    K: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Add the products of some chunks of 64 inputs, with weights written out in COMPUTE."""
-    SHAPE: tl.constexpr = [sums.shape[0], chunk.shape[0] * 32]
-    byte = tl.arange(0, 32)[None, None, :]
-    inside = (chunk * 64 < K)[None, :]
-    first = chunk[None, :, None]
-    if KIND == 8:
-        word = load(scales + chunk[None, :] * scales_stride + n[:, None], inside, EVEN, "evict_first")
-        even_scale, odd_scale = halves(word)
-        at = values[:, :, None] + first * 64 + byte
-        levels = load(at, first * 64 + byte < K, EVEN, "evict_first")
-        low = signed(levels) * even_scale[:, :, None]
-        levels = load(at + 32, first * 64 + byte + 32 < K, EVEN, "evict_first")
-        high = signed(levels) * odd_scale[:, :, None]
-    else:
-        words = scales + 2 * chunk[None, :] * scales_stride + n[:, None]
-        pairs = load(values[:, :, None] + first * 32 + byte, inside[:, :, None], EVEN, "evict_first")
-        low, high, unit, offset = wide_nibbles(pairs, PTX)
-        scale, minimum = halves(load(words, inside, EVEN, "evict_first"))
-        low = low * (unit * scale)[:, :, None] + (minimum - offset * scale)[:, :, None]
-        scale, minimum = halves(load(words + scales_stride, inside, EVEN, "evict_first"))
-        high = high * (unit * scale)[:, :, None] + (minimum - offset * scale)[:, :, None]
-    sums = tl.dot(tl.reshape(low, SHAPE).to(COMPUTE), even, sums, input_precision="ieee")
-    return tl.dot(tl.reshape(high, SHAPE).to(COMPUTE), odd, sums, input_precision="ieee")
 
 
 @triton.jit
@@ -270,8 +144,9 @@ def few_rows_kernel(
     """Grid (tiles of rows, tiles of outputs, SPLIT_K).
 
     Args:
-        x_tiles, first_tiles, second_tiles: descriptors of x [BLOCK_M, BLOCK_K] and of dense weights [BLOCK_N, BLOCK_K],
-            which Hopper's copy engine then brings, or None.
+        x_tiles, first_tiles, second_tiles: descriptors of x's tiles (BLOCK_K wide for dense weights, 32 for quantised
+            ones, 64 where WRITTEN) and of dense weights [BLOCK_N, BLOCK_K], which Hopper's copy engine then brings,
+            or None.
         shares: float32, for each tile and share BLOCK_N * BLOCK_M sums (twice where GATED) and BLOCK_M sums of squares.
         arrived: int32 for each tile, zero before and after.
         parts: where x has its norm's gain already (PARTS), [PARTS, rows]: the sums of squares of parts of the rows.
@@ -301,7 +176,7 @@ def few_rows_kernel(
     x += wrapped(m, rows)[:, None] * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M, BLOCK_K if KIND == 0 else BLOCK_K // 2 if WRITTEN else 32), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_K if KIND == 0 else 64 if WRITTEN else 32), tl.float32)
     # Stages named here hold for scales as well; as an option of the launch they would hold for the operands only.
     for trip in tl.range(first_trip, last_trip, num_stages=STAGES):
         if first_tiles is not None:
@@ -314,9 +189,7 @@ def few_rows_kernel(
                 other = tl.dot(weights, right, other, input_precision="ieee")
         elif KIND == 0:
             k = trip * BLOCK_K + tl.arange(0, BLOCK_K)
-            tile, squares = _rows_of_x(
-                x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
-            )
+            tile, squares = rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last")
             right = tl.trans(tile)
             inside = (k < K)[None, :]
             weights = load(first + at + k[None, :], inside, EVEN, "evict_first")
@@ -325,27 +198,49 @@ def few_rows_kernel(
                 weights = load(second + at + k[None, :], inside, EVEN, "evict_first")
                 other = tl.dot(weights, right, other, input_precision="ieee")
         elif WRITTEN:
-            chunk = trip * (BLOCK_K // 64) + tl.arange(0, BLOCK_K // 64)
-            k = tl.reshape(chunk[:, None] * 64 + tl.arange(0, 32)[None, :], [BLOCK_K // 2])
-            even, odd, squares = _pairs_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
-            sums = _add_written(
-                sums, first + at, first_scales, own, chunk, scales_stride, even, odd, K, KIND, EVEN, COMPUTE, PTX
-            )  # fmt: skip
-            if GATED:
-                other = _add_written(
-                    other, second + at, second_scales, own, chunk, scales_stride, even, odd, K, KIND, EVEN, COMPUTE, PTX
-                )  # fmt: skip
+            for part in tl.static_range(BLOCK_K // 64):
+                chunk = trip * (BLOCK_K // 64) + part
+                if x_tiles is not None:
+                    tile = x_tiles.load([tl.program_id(0) * BLOCK_M, chunk * 64])
+                else:
+                    k = chunk * 64 + tl.arange(0, 64)
+                    tile, squares = rows_of_x(
+                        x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last"
+                    )
+                right = tl.trans(tile)
+                sums = add_written(
+                    sums,
+                    first + at,
+                    first_scales,
+                    own,
+                    chunk,
+                    scales_stride,
+                    right,
+                    K,
+                    KIND,
+                    EVEN,
+                    COMPUTE,
+                    PTX,
+                )
+                if GATED:
+                    other = add_written(
+                        other, second + at, second_scales, own, chunk, scales_stride, right, K, KIND, EVEN, COMPUTE, PTX
+                    )  # fmt: skip
         else:
             for part in tl.static_range(BLOCK_K // 64):
                 chunk = trip * (BLOCK_K // 64) + part
-                k = chunk * 64 + tl.arange(0, 32)
-                even, odd, squares = _pairs_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
+                if x_tiles is not None:
+                    even = tl.trans(x_tiles.load([tl.program_id(0) * BLOCK_M, chunk * 64]))
+                    odd = tl.trans(x_tiles.load([tl.program_id(0) * BLOCK_M, chunk * 64 + 32]))
+                else:
+                    k = chunk * 64 + tl.arange(0, 32)
+                    even, odd, squares = pairs_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
                 if KIND == 8:
-                    sums = _add_int8(
+                    sums = add_int8(
                         sums, first + at, first_scales, own, chunk, scales_stride, even, odd, K, EVEN, COMPUTE
                     )
                     if GATED:
-                        other = _add_int8(
+                        other = add_int8(
                             other, second + at, second_scales, own, chunk, scales_stride, even, odd, K, EVEN, COMPUTE
                         )  # fmt: skip
                 else:
@@ -353,22 +248,22 @@ def few_rows_kernel(
                     # rows are loaded anew (another policy keeps the two apart), laid out for this product; many are
                     # on the way to the L2 cache's limit.
                     ones = tl.full((BLOCK_N, 32), 1.0, COMPUTE)
-                    if BLOCK_M < 32:
-                        tile, _ = _rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
+                    if BLOCK_M < 32 and x_tiles is None:
+                        tile, _ = rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
                         even_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
-                        tile, _ = _rows_of_x(
+                        tile, _ = rows_of_x(
                             x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, ""
                         )
                         odd_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
                     else:
                         even_sum = tl.dot(ones, even, input_precision="ieee")
                         odd_sum = tl.dot(ones, odd, input_precision="ieee")
-                    sums = _add_int4(
+                    sums = add_int4(
                         sums, first + at, first_scales, own, chunk, scales_stride, even, odd, even_sum, odd_sum,
                         K, EVEN, COMPUTE, PTX,
                     )  # fmt: skip
                     if GATED:
-                        other = _add_int4(
+                        other = add_int4(
                             other, second + at, second_scales, own, chunk, scales_stride, even, odd, even_sum,
                             odd_sum, K, EVEN, COMPUTE, PTX,
                         )  # fmt: skip

@@ -12,21 +12,25 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoestring.engine.cuda.linear_kernels import activated, gained, load, prefetch
-from shoestring.engine.cuda.unpack_kernels import halves, signed, small, wide_nibbles
+from shoestring.engine.cuda.linear_kernels import activated
+from shoestring.engine.cuda.tile_loads import gained, load, prefetch
+from shoestring.engine.cuda.unpack_kernels import halves, signed, small, wide_bytes, wide_nibbles
 
 __all__ = ["dequantize_kernel", "norm_kernel", "one_row_kernel"]
 
 
 @triton.jit
 def _add_int8(
-    sums, first, second, scales, chunk, own, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr
-):
+    sums, first, second, scales, chunk, own, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
     inside = (chunk * 64 < K)[None, :]
     at = scales + chunk[None, :] * scales_stride + own[:, None]
     even_scale, odd_scale = halves(load(at, inside, EVEN, "evict_first"))
-    sums += even_scale * tl.sum(signed(first) * even[None, :, :], 2)
-    return sums + odd_scale * tl.sum(signed(second) * odd[None, :, :], 2)
+    levels, offset = wide_bytes(first, PTX, 4)
+    sums += even_scale * (tl.sum(levels * even[None, :, :], 2) - offset * tl.sum(even, 1)[None, :])
+    levels, offset = wide_bytes(second, PTX, 4)
+    return sums + odd_scale * (tl.sum(levels * odd[None, :, :], 2) - offset * tl.sum(odd, 1)[None, :])
 
 
 @triton.jit
@@ -35,13 +39,13 @@ def _add_int4(
 ):  # fmt: skip
     inside = (chunk * 64 < K)[None, :]
     at = scales + 2 * chunk[None, :] * scales_stride + own[:, None]
-    low, high, unit, offset = wide_nibbles(pairs, PTX)
+    low, high, offset = wide_nibbles(pairs, PTX, 4)
     scale, minimum = halves(load(at, inside, EVEN, "evict_first"))
     minimum -= offset * scale
-    sums += unit * scale * tl.sum(low * even[None, :, :], 2) + minimum * tl.sum(even, 1)[None, :]
+    sums += scale * tl.sum(low * even[None, :, :], 2) + minimum * tl.sum(even, 1)[None, :]
     scale, minimum = halves(load(at + scales_stride, inside, EVEN, "evict_first"))
     minimum -= offset * scale
-    return sums + unit * scale * tl.sum(high * odd[None, :, :], 2) + minimum * tl.sum(odd, 1)[None, :]
+    return sums + scale * tl.sum(high * odd[None, :, :], 2) + minimum * tl.sum(odd, 1)[None, :]
 
 
 @triton.jit
@@ -109,11 +113,11 @@ def _trip(
         odd, squares = _inputs(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE)
         if KIND == 8:
             sums = _add_int8(
-                sums, levels, odd_levels, first_scales, chunk, own, scales_stride, even, odd, K, EVEN
+                sums, levels, odd_levels, first_scales, chunk, own, scales_stride, even, odd, K, EVEN, PTX
             )
             if GATED:
                 other = _add_int8(
-                    other, more, odd_more, second_scales, chunk, own, scales_stride, even, odd, K, EVEN
+                    other, more, odd_more, second_scales, chunk, own, scales_stride, even, odd, K, EVEN, PTX
                 )
         else:
             sums = _add_int4(sums, levels, first_scales, chunk, own, scales_stride, even, odd, K, EVEN, PTX)

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from shoestring.engine.cuda.linear_kernels import few_rows_kernel
 from shoestring.engine.cuda.one_row_kernels import norm_kernel, one_row_kernel
 from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Problem, Tuning
-from shoestring.engine.cuda.weights import DeviceWeight
+from shoestring.engine.cuda.weights import GROUP, DeviceWeight
 from shoestring.engine.cuda.whole_rows_kernel import whole_rows_kernel
 from shoestring.errors import RequestError
 
@@ -132,6 +132,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 3
+    registers: int = 0
 
     def run(self) -> None:
         """Put it on the current stream."""
@@ -142,8 +143,12 @@ class Launch:
         self.kernel.warmup(*self.arguments, grid=self.grid, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        early = {"launch_pdl": True} if self.constants.get("PDL") else {}
-        return {**self.constants, "num_warps": self.warps, "num_stages": self.stages, **early}
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.constants.get("PDL"):
+            options["launch_pdl"] = True
+        if self.registers:
+            options["maxnreg"] = self.registers
+        return {**self.constants, **options}
 
 
 def chosen(product: Product, tuning: Tuning) -> LaunchConfig:
@@ -277,23 +282,29 @@ def launches(
         },
         config.warps,
         config.stages,
+        config.registers,
     )  # fmt: skip
 
 
 def _tiles(
     x: Tensor, first: DeviceWeight, second: DeviceWeight, config: LaunchConfig, plain: bool
 ) -> tuple[TensorDescriptor | None, TensorDescriptor | None, TensorDescriptor | None]:
-    """Descriptors of x's and the weights' tiles for Hopper's copy engine, where it is to bring them and can."""
-    sources = (x, first.values, second.values)
-    able = config.tma and plain and first.kind == "dense" and x.dtype == first.dtype
+    """Descriptors of x's and dense weights' tiles for Hopper's copy engine, where it is to bring them and can."""
+    dense = first.kind == "dense"
+    sources = (x, first.values, second.values) if dense else (x,)
+    able = config.tma and plain and x.dtype == first.dtype
     if not able or any(one.data_ptr() % 16 or one.stride(0) * one.element_size() % 16 for one in sources):
         return None, None, None
+    if not dense:  # rows alone: what ordinary loads bring would hold the tensor cores up at a fence
+        width = 2 * GROUP if config.written else GROUP
+        return _descriptor(x, config.block_m, width), None, None
     heights = (config.block_m, config.block_n, config.block_n)
-    made = [
-        TensorDescriptor(one, list(one.shape), list(one.stride()), [height, config.block_k])
-        for one, height in zip(sources, heights, strict=True)
-    ]
+    made = [_descriptor(one, height, config.block_k) for one, height in zip(sources, heights, strict=True)]
     return made[0], made[1], made[2]
+
+
+def _descriptor(matrix: Tensor, height: int, width: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [height, width])
 
 
 def _processors(device: torch.device) -> int:

@@ -41,8 +41,9 @@ class LaunchConfig:
         fuse_norm: take an RMSNorm on the way; else a small kernel in front does (needs a workspace).
         ptx: unpack int4 by hand-written instructions.
         written: round quantised weights to the computing type, and multiply as with dense ones; else a group's integers.
-        tma: let Hopper's copy engine bring dense weights and rows that need no norm on the way.
+        tma: let Hopper's copy engine bring dense weights, and rows that need no norm on the way.
         slices: whole_rows' pieces of the inputs, which warps multiply beside one another.
+        registers: the most that a thread may have, so that more programs run at once; 0: as many as it wants.
     """
 
     kernel: str
@@ -59,6 +60,7 @@ class LaunchConfig:
     written: bool = False
     tma: bool = False
     slices: int = 1
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Tuning:
         found = self.configs.get(problem.key)
         if found is None and 1 < problem.rows < _BUCKETS[-1]:
             found = self.configs.get(replace(problem, rows=problem.bucket + 1).key)
-        return found or heuristic(problem, processors)
+        return found or heuristic(problem, processors, copies=(self.capability or (0, 0))[0] == 9)
 
     @classmethod
     def read(cls, path: Path) -> "Tuning":
@@ -174,8 +176,14 @@ def of_gpu(name: str, capability: tuple[int, int], folder: Path = TUNED) -> Tuni
     return next((tuning for tuning in others if tuning.capability == capability), Tuning())
 
 
-def heuristic(problem: Problem, processors: int = 132) -> LaunchConfig:
-    """A configuration that should do for any shape."""
+def heuristic(problem: Problem, processors: int = 132, *, copies: bool = False) -> LaunchConfig:
+    """A configuration that should do for any shape. `copies`: the GPU has Hopper's copy engine."""
+    if copies and problem.quantised and problem.tile_rows >= 32 and problem.compute != torch.float32:
+        block_m = min(problem.tile_rows, 64)
+        split_k = _split_to_fill(problem, 64, 64, 4 * processors)
+        return LaunchConfig(
+            "few_rows", 64, 64, block_m, split_k, stages=4, lines=2, fuse_norm=False, written=True, tma=True
+        )
     # Unpacking wide rows is the tensor cores' work: they take quantised weights as integers.
     if problem.rows == 1 and (not problem.quantised or problem.inputs <= 2048):
         return _one_row(problem, processors)
@@ -230,18 +238,16 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
 
 def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[LaunchConfig]:
     """Configurations worth measuring, the heuristic's first: at most `most` near it, and those that just fill the card."""
-    near = _near_heuristic(problem, processors)[:most]
-    others = [kind(problem, processors) for kind in (_filling, _cut_by_rows, _whole_rows)]
+    near = _near_heuristic(problem, processors)[: most // 3 if problem.quantised else most]
+    others = [
+        kind(problem, processors) for kind in (_filling, _unpacking, _by_slices, _cut_by_rows, _whole_rows)
+    ]
     return list(dict.fromkeys(chain(near, *others)))
 
 
 def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
     """Launches of just so many programs as run at once, with as much under way as fits."""
-    if problem.compute == torch.float32:
-        return []
-    if problem.rows == 1:
-        return _by_slices(problem) if problem.quantised else []
-    if problem.bucket < 16:
+    if problem.compute == torch.float32 or problem.quantised or problem.bucket < 16:
         return []
     rows, itemsize = problem.tile_rows, problem.row_bytes / problem.inputs / (2 if problem.gated else 1)
     block_m = min(rows, 64)
@@ -257,16 +263,48 @@ def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
         base = LaunchConfig(
             "few_rows", block_n, block_k, block_m, split_k, 4, stages, lines=2, fuse_norm=False
         )
-        if problem.quantised:
-            if block_n < 256 and block_k > 64:
-                found += [replace(base, written=True, stages=min(stages, 4), warps=warps) for warps in (4, 8)]
-        elif block_k < 256:
+        if block_k < 256:
             found.append(replace(base, tma=True))
             if block_n > 64:
                 found.append(replace(base, tma=True, warps=8))
             if block_n == 128:
                 found += [base, replace(base, warps=8)]
     return found
+
+
+def _unpacking(problem: Problem, processors: int) -> list[LaunchConfig]:
+    """Several rows, quantised weights: enough programs that some unpack while others wait."""
+    if not problem.quantised or problem.compute == torch.float32 or problem.rows == 1:
+        return []
+    block_m = min(max(8, problem.tile_rows), 64)
+    found = []
+    if block_m >= 16:
+        shapes = product(((64, 64, 4), (128, 64, 4), (64, 128, 3), (128, 128, 3)), (2, 3, 4))
+        for (block_n, block_k, stages), programs in shapes:
+            split_k = _split_to_fill(problem, block_n, block_k, programs * processors)
+            wide = block_n * block_m * (2 if problem.gated else 1) > 64 * 64
+            for registers in (0, 128) if wide else (0,):
+                found.append(
+                    LaunchConfig(
+                        "few_rows", block_n, block_k, block_m, split_k, 4, stages, lines=2, fuse_norm=False,
+                        written=True, tma=True, registers=registers,
+                    )
+                )  # fmt: skip
+    if block_m <= 16:
+        for warps, (block_k, stages), programs in product((1, 2), ((64, 5), (128, 4)), (16, 24)):
+            split_k = _split_to_fill(problem, 32 * warps, block_k, programs // warps * processors)
+            found.append(
+                LaunchConfig(
+                    "few_rows", 32 * warps, block_k, block_m, split_k, warps, stages, lines=2, fuse_norm=False
+                )
+            )
+    return found
+
+
+def _split_to_fill(problem: Problem, block_n: int, block_k: int, programs: int) -> int:
+    """Shares of a sum that make for about so many programs, none of them with less than six trips."""
+    tiles, trips = -(-problem.outputs // block_n), -(-problem.inputs // block_k)
+    return max(1, min(round(programs / tiles), trips // 6))
 
 
 def _cut_by_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
@@ -320,8 +358,10 @@ def _whole_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
     return found
 
 
-def _by_slices(problem: Problem) -> list[LaunchConfig]:
-    """One row, quantised: each thread takes its slice of the inputs through all outputs of a tile."""
+def _by_slices(problem: Problem, _: int) -> list[LaunchConfig]:
+    """One row, quantised weights: each thread takes its slice of the inputs through all outputs of a tile."""
+    if not problem.quantised or problem.rows != 1:
+        return []
     found = []
     for warps, block_n in product((1, 2, 4), (4, 8, 16)):
         block_k = (1024 if problem.kind == "int4" else 512) * warps
@@ -330,7 +370,7 @@ def _by_slices(problem: Problem) -> list[LaunchConfig]:
         if trips <= 4:
             found.append(one)
         if trips > 1:
-            found += [replace(one, unroll=2), replace(one, unroll=4)]
+            found.append(replace(one, unroll=4))
     return found
 
 

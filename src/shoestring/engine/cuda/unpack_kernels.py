@@ -10,8 +10,9 @@ for float32.
 import triton
 import triton.language as tl
 
-__all__ = ["halves", "nibbles", "signed", "small", "wide_nibbles"]
+__all__ = ["halves", "nibbles", "signed", "small", "wide_bytes", "wide_nibbles"]
 
+# Four bytes, eight nibbles -> eight numbers: a nibble becomes the last bits of 128 (bfloat16) or 1024 (float16).
 _NIBBLES = """{
 .reg .b32 a, b;
 prmt.b32 a, $4, 0, 0x4140;
@@ -23,37 +24,42 @@ shr.u32 b, b, 4;
 lop3.b32 $2, a, 0x000F000F, MAGIC, 0xEA;
 lop3.b32 $3, b, 0x000F000F, MAGIC, 0xEA;
 }"""
-# Four bytes, eight nibbles -> eight numbers: a nibble becomes the last bits of 128 (bfloat16) or 1024 (float16).
 _NIBBLES_BF16: tl.constexpr = tl.constexpr(_NIBBLES.replace("MAGIC", "0x43004300"))
 _NIBBLES_FP16: tl.constexpr = tl.constexpr(_NIBBLES.replace("MAGIC", "0x64006400"))
 
-# The same -> eight float32, the low halves first: a nibble becomes the first bits of the fraction of 1 + n / 16. Results
-# are moved out last: they may lie where the bytes do.
-_SHIFTS = (
-    "shl.b32 19",
-    "shl.b32 11",
-    "shl.b32 3",
-    "shr.u32 5",
-    "shl.b32 15",
-    "shl.b32 7",
-    "shr.u32 1",
-    "shr.u32 9",
-)
-_NIBBLES_FP32: tl.constexpr = tl.constexpr(
-    "\n".join(
-        [
-            "{",
-            ".reg .b32 a, b, c, d, e, f, g, h;",
-            *(
-                f"{shift} {name}, $8, {places};"
-                for name, (shift, places) in zip("abcdefgh", map(str.split, _SHIFTS), strict=True)
-            ),
-            *(f"lop3.b32 {name}, {name}, 0x00780000, 0x3F800000, 0xEA;" for name in "abcdefgh"),
-            *(f"mov.b32 ${index}, {name};" for index, name in enumerate("abcdefgh")),
-            "}",
-        ]
-    )
-)
+
+def _as_floats(outputs: range, source: str, head: str, place: int) -> list[str]:
+    """A word's first bytes as the bits of a fraction from 8 * `place` on, below the exponent of `head`."""
+    return [
+        f"prmt.b32 ${output}, {source}, {head}, 0x{0x7444 + ((byte - 4) << 4 * place):04X};"
+        for byte, output in enumerate(outputs)
+    ]
+
+
+def _assembly(source: int, pack: int, *lines: str) -> tl.constexpr:
+    """Lines that find the operand `source`, of so many bytes, in the register w."""
+    word = f"mov.b32 w, ${source};" if pack == 4 else f"cvt.u32.u16 w, ${source};"
+    return tl.constexpr("\n".join(["{", ".reg .b32 w, h;", word, *lines, "}"]))
+
+
+def _nibbles_fp32(pack: int) -> tl.constexpr:
+    """Bytes -> twice as many float32, the low halves first: a nibble becomes the last bits of a byte of 128's fraction."""
+    return _assembly(
+        2 * pack, pack, "shr.u32 h, w, 4;", "and.b32 w, w, 0x0F0F0F0F;", "and.b32 h, h, 0x0F0F0F0F;",
+        *_as_floats(range(pack), "w", "0x43000000", 2), *_as_floats(range(pack, 2 * pack), "h", "0x43000000", 2),
+    )  # fmt: skip
+
+
+def _bytes_fp32(pack: int) -> tl.constexpr:
+    """int8 -> as many float32, 2^15 + 128 above what they are."""
+    return _assembly(pack, pack, "xor.b32 w, w, 0x80808080;", *_as_floats(range(pack), "w", "0x47000000", 1))
+
+
+# Four bytes at a time where a thread has them in one register, two in the tensor cores' layout.
+_NIBBLES_FP32_4: tl.constexpr = _nibbles_fp32(4)
+_NIBBLES_FP32_2: tl.constexpr = _nibbles_fp32(2)
+_BYTES_FP32_4: tl.constexpr = _bytes_fp32(4)
+_BYTES_FP32_2: tl.constexpr = _bytes_fp32(2)
 
 
 @triton.jit
@@ -70,19 +76,40 @@ def signed(levels):
 
 
 @triton.jit
-def wide_nibbles(pairs, PTX: tl.constexpr):
-    """Low and high halves n of bytes as v in float32, with n = unit * v - offset; then unit and offset."""
-    if PTX != "":
-        low, high = tl.inline_asm_elementwise(
-            _NIBBLES_FP32, "=f,=f,=f,=f,=f,=f,=f,=f,r", [pairs], (tl.float32, tl.float32), True, 4
-        )
-        unit = 16.0
-        offset = 16.0
-    else:
-        low, high = small(pairs & 15), small(pairs >> 4)
-        unit = 1.0
+def wide_bytes(levels, PTX: tl.constexpr, PACK: tl.constexpr):
+    """Integers of -128..127 in float32, plus an offset: a sum then errs by 2^-9 of an integer, for 16-bit types only.
+
+    PACK: bytes that a thread has side by side, 2 or 4.
+    """
+    if PTX == "":
+        found = signed(levels)
         offset = 0.0
-    return low, high, unit, offset
+    else:
+        offset = 32768.0 + 128.0
+        if PACK == 4:
+            found = tl.inline_asm_elementwise(_BYTES_FP32_4, "=f,=f,=f,=f,r", [levels], tl.float32, True, 4)
+        else:
+            found = tl.inline_asm_elementwise(_BYTES_FP32_2, "=f,=f,h", [levels], tl.float32, True, 2)
+    return found, offset
+
+
+@triton.jit
+def wide_nibbles(pairs, PTX: tl.constexpr, PACK: tl.constexpr):
+    """Low and high halves of bytes in float32, plus an offset. PACK: as for `wide_bytes`."""
+    if PTX == "":
+        low, high = small(pairs & 15), small(pairs >> 4)
+        offset = 0.0
+    else:
+        offset = 128.0
+        if PACK == 4:
+            low, high = tl.inline_asm_elementwise(
+                _NIBBLES_FP32_4, "=f,=f,=f,=f,=f,=f,=f,=f,r", [pairs], (tl.float32, tl.float32), True, 4
+            )
+        else:
+            low, high = tl.inline_asm_elementwise(
+                _NIBBLES_FP32_2, "=f,=f,=f,=f,h", [pairs], (tl.float32, tl.float32), True, 2
+            )
+    return low, high, offset
 
 
 @triton.jit

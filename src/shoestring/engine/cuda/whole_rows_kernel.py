@@ -12,15 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoestring.engine.cuda.linear_kernels import (
-    added_to,
-    finish,
-    gained,
-    gains_of,
-    left_squares,
-    load,
-    wrapped,
-)
+from shoestring.engine.cuda.linear_kernels import added_to, finish, gains_of, left_squares
+from shoestring.engine.cuda.tile_loads import gained, load, wrapped
 
 __all__ = ["whole_rows_kernel"]
 
