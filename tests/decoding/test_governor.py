@@ -121,6 +121,37 @@ def test_what_losing_drafts_cost_is_bounded_however_dear_they_are(drafting, acce
     assert steps == 3000
 
 
+def texts(gains, steps=100):
+    """Which steps of each text drafted: a draft takes 1.5 plain steps and gives as many tokens as its text says."""
+    clock = Clock()
+    governor = Governor(clock=clock)
+    drafted = []
+    for gain in gains:
+        governor.begins()
+        mine = []
+        for _ in range(steps):
+            mine.append(governor.drafts())
+            clock.now += 1.5 if mine[-1] else 1.0
+            governor.ends(gain if mine[-1] else 1)
+        drafted.append(mine)
+    return drafted
+
+
+def test_a_text_that_loses_does_not_keep_the_next_one_from_drafting():
+    first, second, *others = texts([1, 3, 1, 3, 1, 3])
+    assert sum(first) == 13, "six plain steps lost, though it is the very first text"
+    assert not any(first[20:])
+    assert sum(second) >= 95
+    assert [sum(mine) >= 95 for mine in others] == [False, True, False, True]
+
+
+def test_texts_that_all_lose_are_tried_less_and_less():
+    tried = [sum(mine) for mine in texts([1] * 40)]
+    assert all(tried[:2]), "the first losses are free"
+    assert sum(tried) * 0.5 <= 18 + 7 + 0.025 * 4000
+    assert tried.count(0) >= 20
+
+
 def test_wide_drafts_among_narrow_ones_are_not_overlooked():
     """Two of three steps draft next to nothing, the third is wide and loses: the median says nothing of it."""
     drafted = run(300, plain=1.0, drafting=1.0, accepted=lambda step: 1)

@@ -4,7 +4,8 @@ What a step's rows cost is measured once, perhaps while the machine was busy, an
 steps that decoding takes correct that measurement, row count by row count, and the drafter plans with the corrected one.
 And where drafting still gives fewer tokens per second than plain steps do (a text that repeats nothing, a long context),
 drafts rest. How many tokens a step gives is mostly chance, so that a few steps say little: drafts go on until they have
-lost as much time as a few plain steps take, and then rest until that is a small share of the time.
+lost as much time as a few plain steps take, and then rest until that is a small share of the time. The next text is another
+text: where drafts have saved more so far than they lost, they are tried anew at once.
 """
 
 import math
@@ -49,10 +50,10 @@ class _Account:
 
     resting: int
     """Plain steps that are still to come before drafts are tried."""
-    owed: int = 0
-    """Those of them that make up for what drafts have lost."""
+    saved: float
+    """What drafts have won in all, in plain steps; the first losses are free, and plain steps make up for others."""
     balance: float = 0.0
-    """What drafts have won, in plain steps."""
+    """What drafts have won since they rested last."""
     patience: int = 1
     since_plain: int = 0
     given: float = _TRUSTED
@@ -77,6 +78,8 @@ class Governor:
             less to chance, an n-th of it.
         allowance: what they may lose in the long run, of the plain steps' time.
         credit: what earlier wins may make up for, in plain steps; likewise.
+        grace: what they may lose besides, over the first texts; likewise.
+        savings: the most that earlier wins count when a text begins; likewise.
         first: plain steps that come first, the first of them to warm up.
         refresh: two plain steps are taken after so many drafting ones, so that their cost stays known.
         clock: seconds.
@@ -87,11 +90,14 @@ class Governor:
         limit: float = 6.0,
         allowance: float = 0.025,
         credit: float = 12.0,
+        grace: float = 18.0,
+        savings: float = 100.0,
         first: int = 4,
         refresh: int = 64,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._limit, self._allowance, self._credit = limit, allowance, credit
+        self._grace, self._savings = grace, savings
         self._first, self._refresh = first, refresh
         self._clock = clock
         self._measured: StepCost | None = None
@@ -139,7 +145,8 @@ class Governor:
         self._unwatched = 0
         for about, account in self._accounts.items():
             if about < _MANY:
-                account.patience, account.resting = 1, min(account.resting, max(account.owed, 1))
+                account.patience = 1
+                account.resting = min(account.resting, max(1, math.ceil(-account.saved / self._allowance)))
 
     def drafts(self, sequences: int = 1) -> bool:
         """Whether the step that begins now, of so many sequences, should draft."""
@@ -188,7 +195,8 @@ class Governor:
         about = (self._sequences - 1).bit_length()
         account = self._accounts.get(about)
         if account is None:
-            account = self._accounts[about] = _Account(1 if self._accounts else self._first)
+            first = 1 if self._accounts else self._first
+            account = self._accounts[about] = _Account(first, self._grace / self._sequences)
         return account
 
     def _finish(self) -> None:
@@ -207,8 +215,9 @@ class Governor:
             if account.resting <= passed or self._uncorrected >= _CORRECTED_AFTER:
                 self._correct(self._rows, _median(times.plain))
                 self._uncorrected = 0
-            account.resting -= passed
-            account.owed, account.since_plain = max(0, account.owed - passed), 0
+            account.resting, account.since_plain = account.resting - passed, 0
+            if account.saved < 0:
+                account.saved = min(0.0, account.saved + passed * self._allowance)
             return
         self._drafted_before = True
         if self._rows > self._told:
@@ -226,11 +235,11 @@ class Governor:
         won = share / (1 + _LAGGING * (self._sequences - 1)) - took / plain
         limit, credit = self._limit / self._sequences, self._credit / self._sequences
         account.balance = min(credit, account.balance + won)
+        account.saved = min(self._savings / self._sequences, account.saved + won)
         if account.balance >= credit / 2:
             account.patience = 1
         if account.balance < -limit:
-            account.owed = math.ceil(-account.balance / self._allowance)
-            account.resting = account.patience * account.owed
+            account.resting = account.patience * math.ceil(-account.balance / self._allowance)
             account.patience = min(2 * account.patience, _MOST_PATIENCE)
             account.balance = 0.0
 

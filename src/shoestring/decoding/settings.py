@@ -66,7 +66,7 @@ class DraftingEnvironment:
         """Who times the steps of a strategy; one that does not promise to pay is tried rarely, and not for long."""
         name = describe(settings)
         if name not in self.governors:
-            self.governors[name] = Governor() if promising else Governor(limit=2.0, allowance=0.01)
+            self.governors[name] = Governor() if promising else Governor(limit=2.0, allowance=0.01, grace=2.0)
         return self.governors[name]
 
 
