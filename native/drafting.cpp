@@ -110,20 +110,28 @@ void AcceptanceRates::weigh(size_t at) {
   rates_[at] = (cell.hits + prior_weight_ * cell.prior) / (cell.trials + prior_weight_);
 }
 
-Datastore::Datastore(const int32_t* tokens, size_t count, int longest) : longest_(longest), tokens_(tokens, tokens + count) {
+Datastore::Datastore(const int32_t* tokens, size_t count, int longest)
+    : longest_(longest), width_(static_cast<size_t>(longest) - kLeastLength + 1) {
   if (longest < kLeastLength || longest > kMostTail) throw std::invalid_argument("suffixes of 2 to 16 tokens can be looked for");
-  for (size_t position = kLeastLength; position < count; ++position) order_.push_back(static_cast<int32_t>(position));
-  std::sort(order_.begin(), order_.end(), [this](int32_t one, int32_t other) {
-    for (int back = 1; back <= longest_; ++back) {
+  const auto before = [tokens](int32_t position, int back) { return position >= back ? tokens[position - back] : -1; };
+  std::vector<int32_t> order;
+  for (size_t position = kLeastLength; position < count; ++position) order.push_back(static_cast<int32_t>(position));
+  std::sort(order.begin(), order.end(), [&](int32_t one, int32_t other) {
+    for (int back = 1; back <= longest; ++back) {
       const int32_t left = before(one, back), right = before(other, back);
       if (left != right) return left < right;
     }
     return one < other;
   });
-  for (size_t first = 0, last; first < order_.size(); first = last) {
-    const auto pair_at = [this](size_t i) { return pair_key(before(order_[i], 2), before(order_[i], 1)); };
+  places_.reserve(order.size() * width_);
+  for (const int32_t position : order) {
+    places_.push_back(tokens[position]);
+    for (int back = kLeastLength + 1; back <= longest; ++back) places_.push_back(before(position, back));
+  }
+  for (size_t first = 0, last; first < order.size(); first = last) {
+    const auto pair_at = [&](size_t i) { return pair_key(before(order[i], 2), before(order[i], 1)); };
     const uint64_t pair = pair_at(first);
-    for (last = first + 1; last < order_.size() && pair_at(last) == pair;) ++last;
+    for (last = first + 1; last < order.size() && pair_at(last) == pair;) ++last;
     int32_t* range = pairs_.insert(pair);
     range[0] = static_cast<int32_t>(first);
     range[1] = static_cast<int32_t>(last);
@@ -135,19 +143,27 @@ Datastore::Match Datastore::find(const int32_t* tail, int length) const {
   if (length < kLeastLength) return match;
   const int32_t* range = pairs_.find(pair_key(tail[length - 2], tail[length - 1]));
   if (!range) return match;
-  auto first = order_.begin() + range[0], last = order_.begin() + range[1];
+  // The first of these places before which a token stands that is `least` or more.
+  const auto bound = [this](int64_t first, int64_t last, int back, int64_t least) {
+    while (first < last) {
+      const int64_t middle = first + (last - first) / 2;
+      if (at(middle, back) < least) first = middle + 1;
+      else last = middle;
+    }
+    return first;
+  };
+  int64_t first = range[0], last = range[1];
   for (match.length = kLeastLength; match.length < std::min(longest_, length); ++match.length) {
     const int back = match.length + 1;
-    const int32_t token = tail[length - back];
-    const auto low = std::lower_bound(first, last, token, [&](int32_t at, int32_t one) { return before(at, back) < one; });
-    const auto high = std::upper_bound(low, last, token, [&](int32_t one, int32_t at) { return one < before(at, back); });
+    const int64_t token = tail[length - back];
+    const int64_t low = bound(first, last, back, token), high = bound(low, last, back, token + 1);
     if (low == high) break;
     first = low, last = high;
   }
   const int64_t found = last - first, looked_at = std::min<int64_t>(found, kMostTokens);
   std::array<int, kMostTokens> times{};
   for (int64_t i = 0; i < looked_at; ++i) {
-    const int32_t token = tokens_[first[i * found / looked_at]];
+    const int32_t token = at(first + i * found / looked_at, 0);
     const auto end = match.tokens.begin() + match.count;
     const auto at = std::find(match.tokens.begin(), end, token) - match.tokens.begin();
     if (at == match.count) match.tokens[match.count++] = token;

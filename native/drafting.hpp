@@ -93,11 +93,15 @@ class Datastore {
   Match find(const int32_t* tail, int length) const;
 
  private:
-  int32_t before(int32_t position, int back) const { return position >= back ? tokens_[position - back] : -1; }
+  // Of the place's token and those before its pair, the one that stands so far before the token (0: the token itself).
+  int32_t at(size_t place, int back) const { return places_[place * width_ + (back ? back - kLeastLength : 0)]; }
 
   int longest_;
-  std::vector<int32_t> tokens_, order_;
-  FlatTable pairs_{2};  // by pair: its range of `order_`
+  size_t width_;
+  // All places of the texts in the order of what stands before them, nearest tokens first; a place's token and the tokens
+  // before its pair lie together, since each look at another place waits for memory.
+  std::vector<int32_t> places_;
+  FlatTable pairs_{2};  // by pair: its range of places
 };
 
 class Guesses {

@@ -304,7 +304,7 @@ def _propose(runner: Runner, sequence: _Sequence, drafter: Drafter, batch: int) 
     if (
         not right
         or tokens.count(NO_TOKEN) != len(embeddings)
-        or any(tokens[node] >= 0 for node in embeddings)
+        or any(map((0).__le__, map(tokens.__getitem__, embeddings)))
     ):
         wrong = next(
             token

@@ -10,6 +10,7 @@ and fine-tuned descendants of the base pass; two unrelated models agree in about
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -51,6 +52,12 @@ class LookAhead:
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    @cached_property
+    def rows(self) -> list[Float[Tensor, " E"]]:
+        """Each of them, the same tensors whenever asked, which cannot change: a runner brings them to its device once."""
+        with torch.inference_mode():
+            return [row.clone() for row in self.embeddings]
 
     @property
     def priors(self) -> dict[Guess, float]:

@@ -99,6 +99,10 @@ class SlotResults:
             raise KeyError(NOT_ASKED)
         if rows == self._rows:
             return table
+        if isinstance(rows, range) and isinstance(self._rows, range) and rows.step == self._rows.step == 1:
+            first = rows.start - self._rows.start
+            if first >= 0 and rows.stop <= self._rows.stop:
+                return table[first : first + len(rows)]
         places = [self._index[row] for row in rows]
         if places and places == list(range(places[0], places[0] + len(places))):
             return table[places[0] : places[0] + len(places)]

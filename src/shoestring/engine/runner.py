@@ -200,6 +200,8 @@ def check_step(trees: Mapping[int, TokenTree], cached: Mapping[int, int], limit:
     if not trees:
         raise RequestError("a step needs at least one slot's tree")
     for slot, tree in trees.items():
+        if limit is None or cached[slot] + len(tree) <= limit:
+            continue
         deepest = cached[slot] + max(tree.depths) + 1
-        if limit is not None and deepest > limit:
+        if deepest > limit:
             raise RequestError(f"the step reaches position {deepest} of a model with {limit}")

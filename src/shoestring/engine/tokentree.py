@@ -1,8 +1,9 @@
 """A decoding step's input: tokens, each naming its parent row. Depths, positions and the ancestor mask follow."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from operator import eq, lt
 
 import numpy as np
 import torch
@@ -38,7 +39,6 @@ class TokenTree:
     parents: Sequence[int]
     embeddings: Mapping[int, Tensor] | None = None
     allowed: Mapping[int, Tensor] | None = None
-    depths: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         tokens, parents = self.tokens, self.parents
@@ -48,20 +48,15 @@ class TokenTree:
                 f"{len(tokens)} tokens, parents {list(parents[:4])}"
             )
         if len(tokens) == 1 and tokens[0] >= 0:  # a plain step
-            object.__setattr__(self, "depths", [0])
             return
-        depths = [0]
-        for row in range(1, len(tokens)):
-            parent = parents[row]
-            if not 0 <= parent < row:
-                raise RequestError(f"row {row} names parent {parent}: a parent is an earlier row")
-            depths.append(depths[parent] + 1)
+        if min(parents[1:], default=0) < 0 or not all(map(lt, parents, range(len(parents)))):
+            row = next(row for row in range(1, len(parents)) if not 0 <= parents[row] < row)
+            raise RequestError(f"row {row} names parent {parents[row]}: a parent is an earlier row")
         if min(tokens) < 0:
             own = self.embeddings or ()
             without = [row for row, token in enumerate(tokens) if token < 0 and row not in own]
             if without:
                 raise RequestError(f"row {without[0]} has token {tokens[without[0]]} and no embedding")
-        object.__setattr__(self, "depths", depths)
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> "TokenTree":
@@ -72,9 +67,17 @@ class TokenTree:
         return len(self.tokens)
 
     @cached_property
+    def depths(self) -> list[int]:
+        """How many rows are above each row."""
+        depths = [0]
+        for row in range(1, len(self.tokens)):
+            depths.append(depths[self.parents[row]] + 1)
+        return depths
+
+    @cached_property
     def is_chain(self) -> bool:
         """Whether every row follows the row before it."""
-        return self.depths[-1] == len(self.tokens) - 1
+        return all(map(eq, self.parents, range(-1, len(self.tokens) - 1)))
 
     @cached_property
     def children(self) -> list[list[int]]:

@@ -31,7 +31,7 @@ class LookAheadRows:
     """
 
     def __init__(self, look_ahead: LookAhead, candidates: int) -> None:
-        self._vectors = list(look_ahead.embeddings)
+        self._vectors = look_ahead.rows
         self.candidates = candidates
         self.predictions: list[list[int]] = []
         """Per position after the last token, tokens that may stand there, best first."""

@@ -7,6 +7,7 @@ tree are moved at the beginning of the next step, in the same launch sequence.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import eq
 
 import torch
 from jaxtyping import Int64
@@ -101,7 +102,7 @@ class PagedCache:
         """Keep these rows of the last step as the next cached tokens; they are moved when `take_moves` is carried out."""
         sequence = self._slots[slot]
         assert sequence.moves is None, "the last step's moves were not carried out"
-        if any(row != index for index, row in enumerate(rows)):
+        if not all(map(eq, rows, range(len(rows)))):
             sequence.moves = Moves(sequence.table_row, len(sequence.tokens), list(rows))
         sequence.tokens.extend(tokens)
 

@@ -67,6 +67,7 @@ class BucketStep:
         self.uses = 0
         """How often all of it has run."""
         self._sent = torch.cuda.Event() if on_gpu else None
+        self._waited = True
 
     @property
     def logits(self) -> torch.Tensor:
@@ -116,11 +117,13 @@ class BucketStep:
             self.launch(hidden)
         if self._sent is not None:
             self._sent.record()
+            self._waited = False
 
     def wait(self) -> None:
         """Until the step has run: only then may `host` be filled again."""
-        if self._sent is not None:
+        if self._sent is not None and not self._waited:
             self._sent.synchronize()
+            self._waited = True
 
     def chosen(self, count: int) -> tuple[list[int], np.ndarray]:
         """The first output rows' next tokens, and their likeliest tokens int32 [count, top_k] (waits)."""

@@ -23,6 +23,8 @@ class OwnRows:
     def __init__(self, buffer: Float[Tensor, "N E"]) -> None:
         self._buffer = buffer
         self._places: dict[tuple[int, int], int] = {}
+        self._constants: dict[int, int] = {}
+        """By identity, the places of those that cannot change (inference tensors)."""
         self._kept: list[Tensor] = []
 
     def place(self, trees: Mapping[int, TokenTree]) -> dict[int, list[int]]:
@@ -33,6 +35,9 @@ class OwnRows:
         wanted = {slot: list(tree.embeddings.values()) for slot, tree in trees.items() if tree.embeddings}
         if not wanted:
             return {}
+        known = {slot: [self._constants.get(id(one), -1) for one in some] for slot, some in wanted.items()}
+        if not any(-1 in places for places in known.values()):
+            return known
         keys = {slot: [*map(_identity, vectors)] for slot, vectors in wanted.items()}
         if not all(key in self._places for some in keys.values() for key in some):
             self._copy(
@@ -48,12 +53,13 @@ class OwnRows:
         """Bring those of a step's vectors into the buffer that are not in it."""
         new = {key: vector for key, vector in every.items() if key not in self._places}
         if len(self._places) + len(new) > len(self._buffer):  # make room: what this step needs comes anew
-            self._places, self._kept, new = {}, [], every
+            self._places, self._constants, self._kept, new = {}, {}, [], every
         first = len(self._places)
         self._buffer[first : first + len(new)] = torch.stack(
             [vector.detach().to(self._buffer.device) for vector in new.values()]
         )
         self._places |= {key: first + index for index, key in enumerate(new)}
+        self._constants |= {key[0]: self._places[key] for key, vector in new.items() if vector.is_inference()}
         self._kept += new.values()
 
 
