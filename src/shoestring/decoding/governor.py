@@ -24,7 +24,7 @@ _REMEMBERED = 7
 _OUTLIER = 3  # times the median of drafting steps: more says something of the machine
 _WEIGHT = 0.25  # of a new time against what was known of steps of about as many rows
 _MOST_PATIENCE = 4  # how many times longer than that drafts rest at most, where they lose again and again
-_NOTICED = 0.005  # of a step's seconds: a smaller correction is not worth planning anew for
+_NOTICED = 0.02  # of a step's seconds: a smaller correction is not worth planning anew for
 _WATCHED = 8  # of so many plain steps one is timed, where drafts rest for long: the clock costs time itself
 _CORRECTED_AFTER = 16  # plain steps, where drafts rest for long: planning does not need them sooner
 # Tokens that a drafter is believed from the first, and steps that count against it.

@@ -7,7 +7,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,8 @@ class StepCost:
         """Seconds of a step with 0, 1, ..., `rows` drafted rows for each of `batch` sequences: float64 [rows + 1]."""
         table = self._tables.get(batch)
         if table is None or len(table) <= rows:
-            each = batch * np.arange(1, max(rows + 1, self.most_rows // batch) + 1)
+            each, stair = _stairs(self.rows, max(rows + 1, self.most_rows // batch), batch)
             if self.stairs:
-                stair = np.searchsorted(self.rows, each).clip(max=len(self.rows) - 1)
                 table = np.array(self._monotone)[stair]
             else:
                 table = np.interp(each, self.rows, self._monotone)
@@ -108,6 +107,15 @@ class StepCost:
             table.setflags(write=False)
             self._tables[batch] = table
         return table[: rows + 1]
+
+
+@lru_cache(maxsize=64)
+def _stairs(rows: tuple[int, ...], most: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of steps with 1 to `most` for each sequence, and which measured count is the next one: a cost that steps
+    correct makes its table often.
+    """
+    each = batch * np.arange(1, most + 1)
+    return each, np.searchsorted(rows, each).clip(max=len(rows) - 1)
 
 
 def best_rows(chances: Sequence[float] | np.ndarray, seconds: np.ndarray) -> int:
