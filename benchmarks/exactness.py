@@ -21,7 +21,7 @@ STRATEGIES = [
     "lookahead(window=15,ngram=5,guesses=15)",
     "lookahead(window=15,ngram=5,guesses=15,prompt_pool=True)",
     "ngram",
-    "auto",
+    "auto(budget=24)",  # which never rests
 ]
 
 
