@@ -209,19 +209,8 @@ def few_rows_kernel(
                     )
                 right = tl.trans(tile)
                 sums = add_written(
-                    sums,
-                    first + at,
-                    first_scales,
-                    own,
-                    chunk,
-                    scales_stride,
-                    right,
-                    K,
-                    KIND,
-                    EVEN,
-                    COMPUTE,
-                    PTX,
-                )
+                    sums, first + at, first_scales, own, chunk, scales_stride, right, K, KIND, EVEN, COMPUTE, PTX
+                )  # fmt: skip
                 if GATED:
                     other = add_written(
                         other, second + at, second_scales, own, chunk, scales_stride, right, K, KIND, EVEN, COMPUTE, PTX
