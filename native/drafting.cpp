@@ -165,9 +165,9 @@ Datastore::Match Datastore::find(const int32_t* tail, int length) const {
   for (int64_t i = 0; i < looked_at; ++i) {
     const int32_t token = at(first + i * found / looked_at, 0);
     const auto end = match.tokens.begin() + match.count;
-    const auto at = std::find(match.tokens.begin(), end, token) - match.tokens.begin();
-    if (at == match.count) match.tokens[match.count++] = token;
-    ++times[at];
+    const auto rank = std::find(match.tokens.begin(), end, token) - match.tokens.begin();
+    if (rank == match.count) match.tokens[match.count++] = token;
+    ++times[rank];
   }
   for (int i = 1; i < match.count; ++i) {  // stable, and of a few
     for (int j = i; j > 0 && times[j] > times[j - 1]; --j) {

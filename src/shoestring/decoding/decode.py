@@ -304,7 +304,7 @@ def _propose(runner: Runner, sequence: _Sequence, drafter: Drafter, batch: int) 
     if (
         not right
         or tokens.count(NO_TOKEN) != len(embeddings)
-        or any(map((0).__le__, map(tokens.__getitem__, embeddings)))
+        or any(tokens[node] != NO_TOKEN for node in embeddings)
     ):
         wrong = next(
             token

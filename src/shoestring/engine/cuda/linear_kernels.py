@@ -144,9 +144,8 @@ def few_rows_kernel(
     """Grid (tiles of rows, tiles of outputs, SPLIT_K).
 
     Args:
-        x_tiles, first_tiles, second_tiles: descriptors of x's tiles (BLOCK_K wide for dense weights, 32 for quantised
-            ones, 64 where WRITTEN) and of dense weights [BLOCK_N, BLOCK_K], which Hopper's copy engine then brings,
-            or None.
+        x_tiles, first_tiles, second_tiles: descriptors of x's tiles (BLOCK_K wide for dense weights, 64 where WRITTEN)
+            and of dense weights [BLOCK_N, BLOCK_K], which Hopper's copy engine then brings, or None.
         shares: float32, for each tile and share BLOCK_N * BLOCK_M sums (twice where GATED) and BLOCK_M sums of squares.
         arrived: int32 for each tile, zero before and after.
         parts: where x has its norm's gain already (PARTS), [PARTS, rows]: the sums of squares of parts of the rows.
@@ -218,12 +217,8 @@ def few_rows_kernel(
         else:
             for part in tl.static_range(BLOCK_K // 64):
                 chunk = trip * (BLOCK_K // 64) + part
-                if x_tiles is not None:
-                    even = tl.trans(x_tiles.load([tl.program_id(0) * BLOCK_M, chunk * 64]))
-                    odd = tl.trans(x_tiles.load([tl.program_id(0) * BLOCK_M, chunk * 64 + 32]))
-                else:
-                    k = chunk * 64 + tl.arange(0, 32)
-                    even, odd, squares = pairs_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
+                k = chunk * 64 + tl.arange(0, 32)
+                even, odd, squares = pairs_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
                 if KIND == 8:
                     sums = add_int8(
                         sums, first + at, first_scales, own, chunk, scales_stride, even, odd, K, EVEN, COMPUTE
@@ -237,7 +232,7 @@ def few_rows_kernel(
                     # rows are loaded anew (another policy keeps the two apart), laid out for this product; many are
                     # on the way to the L2 cache's limit.
                     ones = tl.full((BLOCK_N, 32), 1.0, COMPUTE)
-                    if BLOCK_M < 32 and x_tiles is None:
+                    if BLOCK_M < 32:
                         tile, _ = rows_of_x(x, gain, squares, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "")
                         even_sum = tl.dot(ones, tl.trans(tile), input_precision="ieee")
                         tile, _ = rows_of_x(

@@ -13,6 +13,8 @@ from shoestring.engine.tokentree import TokenTree
 
 __all__ = ["OwnRows"]
 
+_Identity = int | tuple[int, int]
+
 
 class OwnRows:
     """Vectors in a buffer [N, E] of the device, by the tensors that they were given as.
@@ -22,9 +24,7 @@ class OwnRows:
 
     def __init__(self, buffer: Float[Tensor, "N E"]) -> None:
         self._buffer = buffer
-        self._places: dict[tuple[int, int], int] = {}
-        self._constants: dict[int, int] = {}
-        """By identity, the places of those that cannot change (inference tensors)."""
+        self._places: dict[_Identity, int] = {}
         self._kept: list[Tensor] = []
 
     def place(self, trees: Mapping[int, TokenTree]) -> dict[int, list[int]]:
@@ -35,7 +35,8 @@ class OwnRows:
         wanted = {slot: list(tree.embeddings.values()) for slot, tree in trees.items() if tree.embeddings}
         if not wanted:
             return {}
-        known = {slot: [self._constants.get(id(one), -1) for one in some] for slot, some in wanted.items()}
+        # Most steps bring what cannot change and is here: asked first, in one look each.
+        known = {slot: [self._places.get(id(one), -1) for one in some] for slot, some in wanted.items()}
         if not any(-1 in places for places in known.values()):
             return known
         keys = {slot: [*map(_identity, vectors)] for slot, vectors in wanted.items()}
@@ -49,20 +50,19 @@ class OwnRows:
             )
         return {slot: [*map(self._places.__getitem__, some)] for slot, some in keys.items()}
 
-    def _copy(self, every: dict[tuple[int, int], Tensor]) -> None:
+    def _copy(self, every: dict[_Identity, Tensor]) -> None:
         """Bring those of a step's vectors into the buffer that are not in it."""
         new = {key: vector for key, vector in every.items() if key not in self._places}
         if len(self._places) + len(new) > len(self._buffer):  # make room: what this step needs comes anew
-            self._places, self._constants, self._kept, new = {}, {}, [], every
+            self._places, self._kept, new = {}, [], every
         first = len(self._places)
         self._buffer[first : first + len(new)] = torch.stack(
             [vector.detach().to(self._buffer.device) for vector in new.values()]
         )
         self._places |= {key: first + index for index, key in enumerate(new)}
-        self._constants |= {key[0]: self._places[key] for key, vector in new.items() if vector.is_inference()}
         self._kept += new.values()
 
 
-def _identity(vector: Tensor) -> tuple[int, int]:
-    """A tensor and how often it was changed in place (inference tensors do not count; they are taken as constant)."""
-    return id(vector), 0 if vector.is_inference() else vector._version
+def _identity(vector: Tensor) -> _Identity:
+    """A tensor, and how often it was changed in place (inference tensors do not count; they are taken as constant)."""
+    return id(vector) if vector.is_inference() else (id(vector), vector._version)

@@ -292,12 +292,11 @@ def _tiles(
     """Descriptors of x's and dense weights' tiles for Hopper's copy engine, where it is to bring them and can."""
     dense = first.kind == "dense"
     sources = (x, first.values, second.values) if dense else (x,)
-    able = config.tma and plain and x.dtype == first.dtype
+    able = config.tma and plain and x.dtype == first.dtype and (dense or config.written)
     if not able or any(one.data_ptr() % 16 or one.stride(0) * one.element_size() % 16 for one in sources):
         return None, None, None
     if not dense:  # rows alone: what ordinary loads bring would hold the tensor cores up at a fence
-        width = 2 * GROUP if config.written else GROUP
-        return _descriptor(x, config.block_m, width), None, None
+        return _descriptor(x, config.block_m, 2 * GROUP), None, None
     heights = (config.block_m, config.block_n, config.block_n)
     made = [_descriptor(one, height, config.block_k) for one, height in zip(sources, heights, strict=True)]
     return made[0], made[1], made[2]

@@ -41,7 +41,8 @@ class LaunchConfig:
         fuse_norm: take an RMSNorm on the way; else a small kernel in front does (needs a workspace).
         ptx: unpack int4 by hand-written instructions.
         written: round quantised weights to the computing type, and multiply as with dense ones; else a group's integers.
-        tma: let Hopper's copy engine bring dense weights, and rows that need no norm on the way.
+        tma: let Hopper's copy engine bring dense weights, and, with these and `written` ones, rows that need no norm on
+            the way.
         slices: whole_rows' pieces of the inputs, which warps multiply beside one another.
         registers: the most that a thread may have, so that more programs run at once; 0: as many as it wants.
     """
@@ -237,12 +238,12 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
 
 
 def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[LaunchConfig]:
-    """Configurations worth measuring, the heuristic's first: at most `most` near it, and those that just fill the card."""
+    """Configurations worth measuring, the heuristic's first: at most `most` near it (of quantised weights a third of that),
+    and those that just fill the card.
+    """
     near = _near_heuristic(problem, processors)[: most // 3 if problem.quantised else most]
-    others = [
-        kind(problem, processors) for kind in (_filling, _unpacking, _by_slices, _cut_by_rows, _whole_rows)
-    ]
-    return list(dict.fromkeys(chain(near, *others)))
+    others = [kind(problem, processors) for kind in (_filling, _unpacking, _cut_by_rows, _whole_rows)]
+    return list(dict.fromkeys(chain(near, _by_slices(problem), *others)))
 
 
 def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
@@ -358,7 +359,7 @@ def _whole_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
     return found
 
 
-def _by_slices(problem: Problem, _: int) -> list[LaunchConfig]:
+def _by_slices(problem: Problem) -> list[LaunchConfig]:
     """One row, quantised weights: each thread takes its slice of the inputs through all outputs of a tile."""
     if not problem.quantised or problem.rows != 1:
         return []
