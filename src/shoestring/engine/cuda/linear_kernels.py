@@ -9,7 +9,7 @@ made the rows has left them with the gain, and the sums of squares of their part
 are added in their order by the program that arrives last, so results do not change from run to run.
 
 KIND is the bits of a quantised weight, 0 for dense ones. PDL: the kernel may start before the one in front has ended, so
-nothing but weights is read before `gdc_wait`. PTX: "bf16", "fp16" or "", how int4 is unpacked.
+nothing but weights is read before `gdc_wait`. PTX: "bf16", "fp16" or "", how integers are unpacked.
 """
 
 # ruff: noqa: N803, N806

@@ -39,7 +39,7 @@ class LaunchConfig:
         unroll: one_row's trips that are laid out together; 0: all.
         lines: under programmatic launch, lines of 128 bytes of each row that are fetched into the L2 cache in advance.
         fuse_norm: take an RMSNorm on the way; else a small kernel in front does (needs a workspace).
-        ptx: unpack int4 by hand-written instructions.
+        ptx: unpack integers by hand-written instructions.
         written: round quantised weights to the computing type, and multiply as with dense ones; else a group's integers.
         tma: let Hopper's copy engine bring dense weights, and, with these and `written` ones, rows that need no norm on
             the way.

@@ -1,6 +1,6 @@
 """How Triton kernels turn packed integers into numbers: scales in pairs, int8, and the halves of int4's bytes.
 
-PTX: "bf16", "fp16" or "": whether halves of bytes are unpacked by hand-written instructions; "" is for the interpreter and
+PTX: "bf16", "fp16" or "": whether they are unpacked by hand-written instructions; "" is for the interpreter and
 for float32.
 """
 
