@@ -9,7 +9,7 @@
 namespace shoestring {
 namespace {
 
-constexpr size_t kManyOffers = 512;
+constexpr size_t kManyOffers = 512, kUsualNodes = 64;
 constexpr double kTaught = 0.01;  // tokens that a row is worth beside its chance (tune.TAUGHT)
 constexpr double kSlack = 1 + 1e-9;  // sums round: nothing that may be as good as the best is given up
 
@@ -81,20 +81,13 @@ AcceptanceRates::AcceptanceRates(std::vector<std::vector<double>> first, double 
   }
 }
 
-size_t AcceptanceRates::at(Guess guess) {
-  const bool known = guess.source >= 0 && guess.source < kSources && guess.length >= 0 && guess.length < kMostLength &&
-                     guess.rank >= 0 && guess.rank < kMostRank;
-  if (!known) throw std::out_of_range("no such kind of guess");
-  return (static_cast<size_t>(guess.source) * kMostLength + guess.length) * kMostRank + guess.rank;
-}
-
 void AcceptanceRates::set_prior(Guess guess, double rate) {
   cells_[at(guess)].prior = rate;
   weigh(at(guess));
 }
 
-void AcceptanceRates::observe(Guess guess, bool hit) {
-  Cell& cell = cells_[at(guess)];
+void AcceptanceRates::observe(size_t at, bool hit) {
+  Cell& cell = cells_[at];
   if (cell.trials >= memory_) {
     const double keep = 1 - 1 / memory_;
     cell.hits *= keep;
@@ -102,7 +95,7 @@ void AcceptanceRates::observe(Guess guess, bool hit) {
   }
   cell.hits += hit ? 1 : 0;
   cell.trials += 1;
-  weigh(at(guess));
+  weigh(at);
 }
 
 void AcceptanceRates::weigh(size_t at) {
@@ -227,16 +220,14 @@ Guesses::Tail Guesses::tail() const {
   return tail;
 }
 
-void Guesses::find(const Tail& tail, size_t depth, const Predictions& predictions, std::vector<Found>& found) const {
-  found.clear();
-  const auto known = [&found](size_t from, int32_t token) {
-    return std::any_of(found.begin() + from, found.end(), [token](const Found& other) { return other.token == token; });
-  };
+void Guesses::find(const Tail& tail, size_t depth, const Predictions& predictions, Found& found) const {
+  found.tokens.clear();
   const int32_t last = tail.tokens[tail.length - 1];
   const uint64_t pair = tail.length > 1 ? pair_key(tail.tokens[tail.length - 2], last) : 0;
   const bool is_known = last >= 0 && static_cast<size_t>(last) < known_tokens_;
   // All that is looked up below lies far apart: it is fetched at once, before any of it is waited for.
-  std::array<uint64_t, kMostTail + 1> keys{kNoGram};
+  std::array<uint64_t, kMostTail + 1> keys;
+  keys[0] = kNoGram;
   for (int length = 1; length <= tail.length; ++length) {
     keys[length] = gram_key(keys[length - 1], tail.tokens[tail.length - length]);
     ends_.prefetch(keys[length]);
@@ -249,22 +240,24 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
   std::array<const int32_t*, kMostTail + 1> ends;
   int longest = 0;
   while (longest < tail.length && (ends[longest + 1] = ends_.find(keys[longest + 1]))) ++longest;
-  for (int length = longest; length > 0 && found.empty(); --length) {
+  for (int length = longest; length > 0 && found.tokens.count() == 0; --length) {
     const int32_t* gram = tail.tokens.data() + tail.length - length;
     const int32_t added = *ends[length];
     for (int32_t i = added - 1; i >= std::max(0, added - kMostEnds); --i) {
       const int32_t end = ends[length][1 + i % kMostEnds];
       // Keys are hashes: the text itself says whether it matches.
-      if (!std::equal(gram, gram + length, tokens_.begin() + end - length) || known(0, tokens_[end])) continue;
-      found.push_back({tokens_[end], {kNgram, length, static_cast<int>(found.size())}});
+      if (!std::equal(gram, gram + length, tokens_.begin() + end - length)) continue;
+      if (found.tokens.find(tokens_[end]) < 0) found.push(tokens_[end], {kNgram, length, found.tokens.count()});
     }
   }
-  const size_t first = found.size();
+  FewTokens<4 * kMostRank> recycled;
   int deepest = 0;  // the lists found so far: what a longer context gave goes first, and makes the others less likely
   const auto recycle = [&](const int32_t* tokens, size_t count, int length) {
     const int kind = deepest ? length + 3 : length;
     for (size_t rank = 0; rank < std::min<size_t>(count, kMostRank); ++rank) {
-      if (!deepest || !known(first, tokens[rank])) found.push_back({tokens[rank], {kRecycle, kind, static_cast<int>(rank)}});
+      if (recycled.find(tokens[rank]) >= 0) continue;
+      recycled.push(tokens[rank]);
+      found.push(tokens[rank], {kRecycle, kind, static_cast<int>(rank)});
     }
     deepest += count > 0;
   };
@@ -276,28 +269,37 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
   if (is_known) recycle(known_ + last * known_width_, known_width_, 0);
   if (depth < predictions.size()) {
     int rank = 0;
-    for (const int32_t token : predictions[depth]) found.push_back({token, {kPass, static_cast<int>(depth) + 1, rank++}});
+    for (const int32_t token : predictions[depth]) found.push(token, {kPass, static_cast<int>(depth) + 1, rank++});
   }
   if (datastore_) {
     const Datastore::Match match = datastore_->find(tail.tokens.data(), tail.length);
-    for (int rank = 0; rank < match.count; ++rank) found.push_back({match.tokens[rank], {kDatastore, match.length, rank}});
+    for (int rank = 0; rank < match.count; ++rank) found.push(match.tokens[rank], {kDatastore, match.length, rank});
   }
 }
 
-void Guesses::weigh(const std::vector<Found>& found, std::vector<Candidate>& candidates) const {
-  candidates.clear();
-  for (const Found& one : found) {
-    const double rate = rates_.rate(one.guess);
-    const auto same = std::find_if(candidates.begin(), candidates.end(),
-                                   [&one](const Candidate& other) { return other.token == one.token; });
-    if (same == candidates.end()) candidates.push_back({one.token, rate, one.guess.source});
-    else if (rate > same->chance) *same = {one.token, rate, one.guess.source};
+void Guesses::weigh(const Found& found, Candidates& candidates) const {
+  candidates.tokens.clear();
+  int grams = 0;
+  for (int i = 0; i < found.tokens.count(); ++i) {
+    const double rate = rates_.rate(found.kinds[i]);
+    // Those of one source differ, and recycled ones come behind n-grams alone.
+    const int source = found.sources[i], known = candidates.tokens.count();
+    if (source == kNgram) grams = known + 1;
+    int same = source == kNgram ? -1 : candidates.tokens.find(found.tokens[i], source == kRecycle ? grams : known);
+    if (same < 0) {
+      same = candidates.tokens.count();
+      candidates.tokens.push(found.tokens[i]);
+    } else if (rate <= candidates.chances[same]) {
+      continue;
+    }
+    candidates.chances[same] = rate;
+    candidates.sources[same] = found.sources[i];
   }
   // Only one of them can be right: rates that add up to more than certainty contradict each other.
   double sum = 0;
-  for (const Candidate& one : candidates) sum += one.chance;
+  for (int i = 0; i < candidates.tokens.count(); ++i) sum += candidates.chances[i];
   if (sum <= 1) return;
-  for (Candidate& one : candidates) one.chance /= sum;
+  for (int i = 0; i < candidates.tokens.count(); ++i) candidates.chances[i] /= sum;
 }
 
 Grown Guesses::grow(size_t most, double least, const Predictions& predictions, Seconds seconds) const {
@@ -307,16 +309,18 @@ Grown Guesses::grow(size_t most, double least, const Predictions& predictions, S
   offers.reserve(kManyOffers);
   std::priority_queue<Offer> heap(std::less<Offer>(), std::move(offers));
   std::vector<Tail> tails;  // of each node
+  for (auto* ints : {&grown.tokens, &grown.parents, &grown.sources}) ints->reserve(kUsualNodes);
+  grown.chances.reserve(kUsualNodes), tails.reserve(kUsualNodes);
   std::vector<size_t> depths;
-  std::vector<Found> found;
-  std::vector<Candidate> candidates;
+  Found found;
+  Candidates candidates;
   size_t order = 0;
   double unlikely = -1;
   const auto offer = [&](int32_t node, double chance, const Tail& tail, size_t depth) {
     find(tail, depth, predictions, found);
     weigh(found, candidates);
-    for (const Candidate& one : candidates) {
-      const Offer next{chance * one.chance, order++, node, one.token, one.source};
+    for (int i = 0; i < candidates.tokens.count(); ++i) {
+      const Offer next{chance * candidates.chances[i], order++, node, candidates.tokens[i], candidates.sources[i]};
       if (next.chance < least) {  // only the likeliest of these can be taken: it is the last one
         if (next.chance <= unlikely) continue;
         unlikely = next.chance;
@@ -466,14 +470,14 @@ void Guesses::observe(const std::vector<int32_t>& emitted, const Predictions& pr
 
 void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& predictions) {
   Tail above = tail();
-  std::vector<Found> found;
+  Found found;
   for (size_t depth = 0; depth < emitted.size(); ++depth) {
     find(above, depth, predictions, found);
     bool passed = false, others = false;
-    for (const Found& one : found) {
-      const bool hit = one.token == emitted[depth];
-      rates_.observe(one.guess, hit);
-      (one.guess.source == kPass ? passed : others) |= hit;
+    for (int i = 0; i < found.tokens.count(); ++i) {
+      const bool hit = found.tokens[i] == emitted[depth];
+      rates_.observe(found.kinds[i], hit);
+      (found.sources[i] == kPass ? passed : others) |= hit;
     }
     if (depth < predictions.size()) rates_.observe({kOnlyPass, static_cast<int>(depth) + 1, 0}, passed && !others);
     above.push(emitted[depth], longest_);

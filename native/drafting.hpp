@@ -2,10 +2,12 @@
 // Its plain twin is src/shoestring/decoding/drafters/guesses.py: both give the same drafts.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -29,13 +31,21 @@ class AcceptanceRates {
   AcceptanceRates(std::vector<std::vector<double>> first, double prior_weight, double memory);
   void set_prior(Guess guess, double rate);
   double rate(Guess guess) const { return rates_[at(guess)]; }
-  void observe(Guess guess, bool hit);
+  double rate(size_t cell) const { return rates_[cell]; }
+  void observe(Guess guess, bool hit) { observe(at(guess), hit); }
+  void observe(size_t cell, bool hit);
+  // Where a kind's count lies.
+  static size_t at(Guess guess) {
+    const bool known = guess.source >= 0 && guess.source < kSources && guess.length >= 0 && guess.length < kMostLength &&
+                       guess.rank >= 0 && guess.rank < kMostRank;
+    if (!known) throw std::out_of_range("no such kind of guess");
+    return (static_cast<size_t>(guess.source) * kMostLength + guess.length) * kMostRank + guess.rank;
+  }
 
  private:
   struct Cell {
     double prior, hits, trials;
   };
-  static size_t at(Guess guess);
   void weigh(size_t at);
 
   double prior_weight_, memory_;
@@ -43,10 +53,39 @@ class AcceptanceRates {
   std::vector<double> rates_;  // likewise: what is read at every node lies close together
 };
 
-struct Candidate {
-  int32_t token;
-  double chance;
-  int source;
+// A few tokens, which are looked for in many: all are compared at once, since where a search ends can't be foreseen.
+template <size_t kMost>
+class FewTokens {
+ public:
+  int count() const { return count_; }
+  int32_t operator[](int i) const { return tokens_[i]; }
+  void clear() { count_ = 0; }
+
+  void push(int32_t token) {
+    if (count_ == kMost) throw std::length_error("more guesses at a token than there is room for");
+    if (count_ % kAtOnce == 0) std::fill_n(tokens_.begin() + count_, kAtOnce, kNone);
+    tokens_[count_++] = token;
+  }
+
+  // Where it is, -1 where it is not; looked for among the first `among`, or a few more.
+  int find(int32_t token, int among) const {
+    for (int first = 0; first < among; first += kAtOnce) {
+      int any = 0;
+      for (int i = 0; i < kAtOnce; ++i) any |= tokens_[first + i] == token;
+      if (!any) continue;
+      while (tokens_[first] != token) ++first;
+      return first;
+    }
+    return -1;
+  }
+  int find(int32_t token) const { return find(token, count_); }
+
+ private:
+  static constexpr int kAtOnce = 8;
+  static constexpr int32_t kNone = -2;  // nobody looks for it
+  static_assert(kMost % kAtOnce == 0);
+  std::array<int32_t, kMost> tokens_;
+  int count_ = 0;
 };
 
 // The nodes of a trie in the order in which they were taken: by falling chance, parents first.
@@ -131,9 +170,23 @@ class Guesses {
   // Rows of `ends_`: how many times the n-gram ended, and the last positions behind it, the newest at [(n - 1) % kMostEnds].
   // Rows of successors: when they were updated, their number, and these.
   static constexpr size_t kUsualSuccessors = 8, kSuccessorsHead = 2;
+  static constexpr size_t kMostFound = 8 * kMostRank;
+  // Guesses at a token, several of which may be the same one.
   struct Found {
-    int32_t token;
-    Guess guess;
+    FewTokens<kMostFound> tokens;
+    std::array<uint16_t, kMostFound> kinds;  // where their rates lie
+    std::array<uint8_t, kMostFound> sources;
+    void push(int32_t token, Guess guess) {
+      tokens.push(token);
+      kinds[tokens.count() - 1] = static_cast<uint16_t>(AcceptanceRates::at(guess));
+      sources[tokens.count() - 1] = static_cast<uint8_t>(guess.source);
+    }
+  };
+  // The tokens guessed, each once, with the chance of its most promising guess.
+  struct Candidates {
+    FewTokens<kMostFound> tokens;
+    std::array<double, kMostFound> chances;
+    std::array<uint8_t, kMostFound> sources;
   };
   struct Tail {
     std::array<int32_t, kMostTail> tokens;
@@ -142,8 +195,8 @@ class Guesses {
   };
 
   Tail tail() const;
-  void find(const Tail& tail, size_t depth, const Predictions& predictions, std::vector<Found>& found) const;
-  void weigh(const std::vector<Found>& found, std::vector<Candidate>& candidates) const;
+  void find(const Tail& tail, size_t depth, const Predictions& predictions, Found& found) const;
+  void weigh(const Found& found, Candidates& candidates) const;
   void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
   void remember(int32_t before, int32_t token, const int32_t* successors, size_t count);
   static int32_t* store(FlatTable& table, uint64_t key, const int32_t* successors, size_t count);

@@ -349,8 +349,8 @@ class PlainGuesses:
             kind = length + 3 if seen else length
             for rank, token in enumerate(successors[:_MOST_RANK]):
                 if token not in seen:
+                    seen.add(token)
                     yield token, ("recycle", kind, rank)
-            seen.update(successors[:_MOST_RANK])
         if depth < len(predictions):
             for rank, token in enumerate(predictions[depth]):
                 yield token, ("pass", depth + 1, rank)
