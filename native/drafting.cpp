@@ -418,7 +418,8 @@ Drafted Guesses::draft(size_t most, double least, const Predictions& predictions
     gains.push_back(std::min(rate, gains.empty() ? 1.0 : gains.back()));
   }
   Plan plan = plan_rows(grown.parents, grown.chances, gains, least_value, most, seconds);
-  Drafted drafted{std::move(grown.tokens), std::move(grown.parents), std::move(grown.sources), std::move(plan.chains)};
+  Drafted drafted{tokens_.empty() ? -1 : tokens_.back(), std::move(grown.tokens), std::move(grown.parents),
+                  std::move(grown.sources), std::move(plan.chains)};
   for (size_t node = 0; node < plan.kept; ++node) drafted.expected += grown.chances[node];
   drafted.tokens.resize(plan.kept);
   drafted.parents.resize(plan.kept);
@@ -432,6 +433,22 @@ Drafted Guesses::draft(size_t most, double least, const Predictions& predictions
     }
   }
   return drafted;
+}
+
+bool Drafted::fits(int32_t vocabulary) const {
+  return std::all_of(tokens.begin(), tokens.end(), [vocabulary](int32_t token) { return token >= -1 && token < vocabulary; });
+}
+
+Walk walk(const Drafted& drafted, const int32_t* next, size_t count) {
+  if (count != drafted.size() + 1) throw std::invalid_argument("a next token is needed for each row");
+  Walk walked{{0}, {next[0]}};
+  // A child comes after its parent, and siblings are unique: one look at each row is enough.
+  for (size_t node = 0; node < drafted.size() && walked.emitted.back() >= 0; ++node) {
+    if (drafted.parents[node] + 1 != walked.path.back() || drafted.tokens[node] != walked.emitted.back()) continue;
+    walked.path.push_back(static_cast<int32_t>(node) + 1);
+    walked.emitted.push_back(next[node + 1]);
+  }
+  return walked;
 }
 
 void Guesses::observe(const std::vector<int32_t>& emitted, const Predictions& predictions,

@@ -82,6 +82,20 @@ void bind_drafting(nb::module_& module) {
       nb::arg("parents"), nb::arg("chances"), nb::arg("gains"), nb::arg("least"), nb::arg("most"),
       nb::arg("seconds").none());
 
+  nb::class_<Drafted>(module, "Drafted")
+      .def_ro("last", &Drafted::last)
+      .def_ro("tokens", &Drafted::tokens)
+      .def_ro("parents", &Drafted::parents)
+      .def_ro("sources", &Drafted::sources)
+      .def_ro("chains", &Drafted::chains)
+      .def_ro("expected", &Drafted::expected)
+      .def("__len__", &Drafted::size)
+      .def("fits", &Drafted::fits)
+      .def("walk", [](const Drafted& self, const Tokens& next) {
+        Walk walked = walk(self, next.data(), next.shape(0));
+        return nb::make_tuple(walked.path, walked.emitted);
+      });
+
   nb::class_<HeldGuesses>(module, "Guesses")
       .def(
           "__init__",
@@ -112,17 +126,19 @@ void bind_drafting(nb::module_& module) {
       .def("draft",
            [](const HeldGuesses& self, int64_t most, double least, const Predictions& predictions, const Table& seconds,
               size_t ahead, double least_value) {
-             Drafted drafted =
-                 self.guesses.draft(count_of(most), least, predictions, seconds_of(seconds), ahead, least_value);
-             return nb::make_tuple(drafted.tokens, drafted.parents, drafted.sources, drafted.chains, drafted.expected);
+             return self.guesses.draft(count_of(most), least, predictions, seconds_of(seconds), ahead, least_value);
            },
            nb::arg("most"), nb::arg("least"), nb::arg("predictions"), nb::arg("seconds").none(), nb::arg("ahead"),
            nb::arg("least_value"))
       .def("observe", [](HeldGuesses& self, const std::vector<int32_t>& emitted, const Predictions& predictions,
-                         const std::vector<int32_t>& tokens, const std::vector<int32_t>& parents,
-                         const std::vector<int32_t>& accepted, const Rows& successors) {
-        self.guesses.observe(emitted, predictions, tokens, parents, accepted,
-                             {successors.data(), successors.shape(0), successors.shape(1)});
+                         const nb::object& draft, const std::vector<int32_t>& accepted, const Rows& successors) {
+        const Successors likely{successors.data(), successors.shape(0), successors.shape(1)};
+        if (const Drafted* drafted = nullptr; nb::try_cast(draft, drafted)) {
+          self.guesses.observe(emitted, predictions, drafted->tokens, drafted->parents, accepted, likely);
+        } else {
+          self.guesses.observe(emitted, predictions, nb::cast<std::vector<int32_t>>(draft.attr("tokens")),
+                               nb::cast<std::vector<int32_t>>(draft.attr("parents")), accepted, likely);
+        }
       });
 }
 

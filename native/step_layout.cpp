@@ -6,6 +6,27 @@
 
 namespace shoestring {
 
+LaidTree laid_tree(const Drafted& drafted, int32_t cached, int32_t table_row, const std::vector<int32_t>& places) {
+  const size_t rows = drafted.size() + 1;
+  LaidTree tree{{}, {}, cached, table_row, {}, {}, {}};
+  for (auto* ints : {&tree.tokens, &tree.parents, &tree.outputs}) ints->reserve(rows);
+  tree.tokens.push_back(drafted.last);
+  tree.parents.push_back(-1);
+  tree.tokens.insert(tree.tokens.end(), drafted.tokens.begin(), drafted.tokens.end());
+  for (const int32_t parent : drafted.parents) tree.parents.push_back(parent + 1);
+  for (size_t row = 0; row < rows; ++row) tree.outputs.push_back(static_cast<int32_t>(row));
+  size_t ahead = 0;
+  for (const auto& chain : drafted.chains) ahead += chain.second;
+  auto row = static_cast<int32_t>(rows - ahead);
+  for (const auto& chain : drafted.chains) {
+    for (int32_t place = 0; place < chain.second; ++place) {
+      tree.embedded_rows.push_back(row++);
+      tree.embedded_places.push_back(places.at(place));
+    }
+  }
+  return tree;
+}
+
 StepLayout::StepLayout(int32_t* buffer, size_t size, size_t slots, size_t rows, size_t moves,
                        const std::vector<size_t>& offsets)
     : buffer_(buffer), slots_(slots), rows_(rows), moves_(moves), offsets_(offsets) {

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "drafting.hpp"
+
 namespace shoestring {
 
 // One slot's token tree, and where it stands.
@@ -15,6 +17,9 @@ struct LaidTree {
   std::vector<int32_t> embedded_rows, embedded_places;  // rows with embeddings of their own, and where these lie
   std::vector<int32_t> outputs;                         // the rows whose next token is chosen
 };
+
+// A draft below the last token. `places`: by its place in a chain, where the embedding of a look-ahead row lies.
+LaidTree laid_tree(const Drafted& drafted, int32_t cached, int32_t table_row, const std::vector<int32_t>& places);
 
 // What a slot's last commit kept: these rows of its tree, to lie behind the tokens cached before that step.
 struct LaidMoves {

@@ -19,6 +19,16 @@ using Ints = std::vector<int32_t>;
 using Tree = std::tuple<Ints, Ints, int32_t, int32_t, Ints, Ints, Ints>;
 using Moved = std::tuple<int32_t, int32_t, Ints>;
 
+// (draft, cached, row of the table, places of its embeddings), or a tree's lists.
+LaidTree laid_from(const nb::tuple& tree) {
+  if (const Drafted* drafted = nullptr; tree.size() == 4 && nb::try_cast(tree[0], drafted)) {
+    return laid_tree(*drafted, nb::cast<int32_t>(tree[1]), nb::cast<int32_t>(tree[2]), nb::cast<Ints>(tree[3]));
+  }
+  auto [tokens, parents, cached, table_row, rows, places, outputs] = nb::cast<Tree>(tree);
+  return {std::move(tokens), std::move(parents), cached,           table_row,
+          std::move(rows),   std::move(places),  std::move(outputs)};
+}
+
 // Keeps the buffer alive with what writes into it.
 struct HeldLayout {
   Buffer buffer;
@@ -38,14 +48,10 @@ void bind_step_layout(nb::module_& module) {
           nb::arg("buffer"), nb::arg("slots"), nb::arg("rows"), nb::arg("moves"), nb::arg("offsets"))
       .def(
           "fill",
-          [](HeldLayout& self, std::vector<Tree> trees, std::vector<Moved> moves) {
+          [](HeldLayout& self, const nb::list& trees, std::vector<Moved> moves) {
             std::vector<LaidTree> laid;
             laid.reserve(trees.size());
-            for (Tree& tree : trees) {
-              auto& [tokens, parents, cached, table_row, rows, places, outputs] = tree;
-              laid.push_back({std::move(tokens), std::move(parents), cached, table_row, std::move(rows), std::move(places),
-                              std::move(outputs)});
-            }
+            for (const nb::handle tree : trees) laid.push_back(laid_from(nb::cast<nb::tuple>(tree)));
             std::vector<LaidMoves> moved;
             for (auto& [table_row, cached, rows] : moves) moved.push_back({table_row, cached, std::move(rows)});
             return self.layout.fill(laid, moved);

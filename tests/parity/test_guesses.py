@@ -1,6 +1,7 @@
 """The native guesses against their plain twin: the same drafts, node by node and chance by chance."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,10 @@ def rows_of(successors):
     return np.array(successors, np.int32)
 
 
+def rows_below(tokens, parents):
+    return SimpleNamespace(tokens=tokens, parents=parents)
+
+
 def grown(guesses, most, least, predictions, seconds=None):
     tokens, parents, sources, chances = guesses.grow(most, least, predictions, seconds)
     return list(tokens), list(parents), list(sources), list(chances)
@@ -46,8 +51,9 @@ def grown(guesses, most, least, predictions, seconds=None):
 
 def drafted(guesses, most, *arguments):
     """A draft, whose look-ahead rows stand where its pairs say."""
-    *columns, expected = guesses.draft(most, *arguments)
-    tokens, parents, sources, chains = map(list, columns)
+    draft = guesses.draft(most, *arguments)
+    tokens, parents, sources, chains = map(list, (draft.tokens, draft.parents, draft.sources, draft.chains))
+    expected = draft.expected
     assert expected >= 1
     assert len(tokens) == len(parents) == len(sources) <= max(most, 0)
     row = kept = len(tokens) - sum(rows for _, rows in chains)
@@ -118,7 +124,7 @@ def test_both_grow_the_same_trie_while_a_text_goes_on(seed, vocabulary, known, a
         width = chance.randint(1, 9)
         likely = rows_of([chance.sample(range(vocabulary), min(width, vocabulary)) for _ in range(rows + 1)])
         for _, guesses in made:
-            guesses.observe(emitted, predictions, nodes, parents, path, likely)
+            guesses.observe(emitted, predictions, rows_below(nodes, parents), path, likely)
         text += emitted
     for source in SOURCES:
         for length in range(6):
@@ -141,7 +147,7 @@ def test_the_oldest_pairs_make_room_in_both(monkeypatch, pairs, vocabulary, rows
         likely = rows_of([chance.sample(range(vocabulary), width) for _ in range(2)])
         for _, guesses in made:
             guesses.extend(text[:2])
-            guesses.observe([], [], text[2:], [ROOT], [0], likely)
+            guesses.observe([], [], rows_below(text[2:], [ROOT]), [0], likely)
     for last in range(vocabulary**2):
         drafts = []
         for _, guesses in made:
@@ -153,7 +159,7 @@ def test_the_oldest_pairs_make_room_in_both(monkeypatch, pairs, vocabulary, rows
 def test_growth_ends_where_nothing_more_can_pay():
     for _, guesses in pair():
         guesses.extend([1, 2, 3] * 4)
-        guesses.observe([], [], [1, 2], [ROOT, ROOT], [], rows_of([[5, 6, 7, 8]] * 3))
+        guesses.observe([], [], rows_below([1, 2], [ROOT, ROOT]), [], rows_of([[5, 6, 7, 8]] * 3))
         assert len(grown(guesses, 40, 0.0, [])[0]) == 40
         assert 0 < len(grown(guesses, 40, 0.0, [], np.linspace(1.0, 5.0, 41))[0]) < 12
         assert not grown(guesses, 40, 0.0, [], np.linspace(1.0, 41.0, 41))[0], "a row costs as much as a step"
@@ -162,7 +168,7 @@ def test_growth_ends_where_nothing_more_can_pay():
 def test_what_was_forgotten_is_not_drafted():
     for _, guesses in pair():
         guesses.extend([1, 2, 1, 2])
-        guesses.observe([], [], [], [], [], rows_of([[7]]))
+        guesses.observe([], [], rows_below([], []), [], rows_of([[7]]))
         assert 7 in grown(guesses, 8, 0.0, [])[0]
         guesses.forget()
         guesses.extend([1, 2])

@@ -218,7 +218,7 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
         if drafter is not None:
             draft = _propose(runner, sequence, drafter, len(active))
         sequence.draft = draft
-        trees[sequence.slot] = _tree(pending, draft)
+        trees[sequence.slot] = draft.tree(pending)
         roots[sequence.slot] = root
         top_k = max(top_k, draft.top_k)
         if draft.wanted is None:
@@ -274,7 +274,7 @@ def _land(runner: Runner, active: list[_Sequence], flight: _Flight) -> list[_Lan
             verdict = flight.judged[sequence.governor]
             verdict.told += 1
             verdict.tokens += len(emitted)
-            verdict.rows += 1 + len(draft.tokens)
+            verdict.rows += 1 + len(draft)
             verdict.expected += len(emitted) if draft.expected is None else draft.expected
     for drafter, observation in observations:
         drafter.observe(observation)
@@ -298,36 +298,16 @@ def _propose(runner: Runner, sequence: _Sequence, drafter: Drafter, batch: int) 
         room = limit - len(sequence.context.tokens)
         if len(draft) > room and any(draft.depth(node) > room for node in range(len(draft))):
             draft = draft.clipped(room)
-    vocabulary, tokens, embeddings = runner.vocab_size, draft.tokens, draft.embeddings
-    # A row with an embedding has no token: it could be accepted with another row's keys and values.
-    right = not tokens or (max(tokens) < vocabulary and min(tokens) >= NO_TOKEN)
-    if (
-        not right
-        or tokens.count(NO_TOKEN) != len(embeddings)
-        or any(tokens[node] != NO_TOKEN for node in embeddings)
-    ):
+    vocabulary = runner.vocab_size
+    if not draft.fits(vocabulary):
         wrong = next(
             token
-            for node, token in enumerate(tokens)
-            if (token != NO_TOKEN if node in embeddings else not 0 <= token < vocabulary)
+            for node, token in enumerate(draft.tokens)
+            if (token != NO_TOKEN if node in draft.embeddings else not 0 <= token < vocabulary)
         )
         name = getattr(drafter, "name", type(drafter).__name__)
         raise RequestError(f"the drafter {name!r} proposed token {wrong}; the vocabulary has {vocabulary}")
     return draft
-
-
-def _tree(pending: list[int], draft: Draft) -> TokenTree:
-    first = len(pending)
-    if not draft.tokens:
-        return TokenTree.chain([*pending])
-    embeddings = None
-    if draft.embeddings:
-        embeddings = {first + node: vector for node, vector in draft.embeddings.items()}
-    return TokenTree(
-        [*pending, *draft.tokens],
-        [*range(-1, first - 1), *[first + parent for parent in draft.parents]],
-        embeddings,
-    )
 
 
 def _ending(
@@ -378,7 +358,7 @@ def _given_out(landed: list[_Landed]) -> Iterator[Emission]:
 
 def _trace(request: Request, draft: Draft, path: list[int], root: int) -> dict[str, tuple[int, int]]:
     """Rows drafted and accepted in this step, by source."""
-    if not draft.tokens:
+    if not len(draft):
         return {}
     owners, fallback = draft.owners, [getattr(request.drafter, "name", "drafter")]
     drafted: dict[str, int] = {}  # a Counter takes several times as long, at every step

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from shoestring.engine.runner import RowResults
-from shoestring.engine.tokentree import TokenTree
+from shoestring.engine.tokentree import NativeTree, TokenTree
 
 __all__ = ["verify"]
 
@@ -17,6 +17,12 @@ def verify(
     the last one is not in the tree and starts the next step. Greedy and sampled alike: a row's next token does not
     depend on the step it is in, so the tokens are those of plain decoding.
     """
+    if isinstance(tree, NativeTree) and root == 0 and not read_only:
+        drawn = results.drawn()
+        if drawn is not None:
+            walked: tuple[list[int], list[int]] = tree.draft.walk(drawn)
+            if walked[1][-1] >= 0:  # else the row's logits were no numbers, which asking for its token tells
+                return walked
     path, emitted = [root], [results.next_token(root)]
     tokens, parents = tree.tokens, tree.parents
     row, token = root, emitted[0]

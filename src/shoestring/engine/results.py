@@ -73,6 +73,10 @@ class SlotResults:
                 )
         return self._next[row]
 
+    def drawn(self) -> np.ndarray | None:
+        """Every row's next token, where all of them are known anyway."""
+        return None
+
     def argmax(self, row: int) -> int:
         """The likeliest token, unwarped."""
         return self._argmaxes[self._index[row]]

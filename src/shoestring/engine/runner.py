@@ -62,6 +62,12 @@ class RowResults(Protocol):
     def next_token(self, row: int) -> int:
         """The token that follows the row under the slot's sampling options."""
 
+    def drawn(self) -> np.ndarray | None:
+        """Every row's next token, int32 [T], where all of them are known anyway; None: each is drawn when asked for.
+
+        A negative one stands for logits that are not finite.
+        """
+
     def argmax(self, row: int) -> int:
         """The likeliest token, unwarped."""
 

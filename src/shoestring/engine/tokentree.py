@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import eq, lt
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from shoestring.errors import RequestError
 
-__all__ = ["NO_TOKEN", "TokenTree"]
+__all__ = ["NO_TOKEN", "NativeTree", "TokenTree"]
+
+T = TypeVar("T")
 
 NO_TOKEN = -1
 """The token id of a row that brings its own embedding; no next token ever equals it."""
@@ -105,3 +108,45 @@ class TokenTree:
                 mask[row, :row] = mask[parent, :row]
             mask[row, row] = True
         return torch.from_numpy(mask)
+
+
+class NativeTree(TokenTree):
+    """The last accepted token and a native draft below it, whose rows are right: lists of them are made for those who ask.
+
+    Args:
+        draft: the native part's `Drafted`.
+        vectors: the embeddings [E] of its look-ahead rows, by their place below a node.
+    """
+
+    draft: Any
+    vectors: Sequence[Tensor]
+
+    def __init__(self, draft: Any, vectors: Sequence[Tensor]) -> None:
+        vars(self).update(draft=draft, vectors=vectors)
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """A token id per row."""
+        return [self.draft.last, *self.draft.tokens]
+
+    @cached_property
+    def parents(self) -> list[int]:
+        """Each row's."""
+        return [-1, *[parent + 1 for parent in self.draft.parents]]
+
+    @cached_property
+    def embeddings(self) -> dict[int, Tensor]:
+        """Of look-ahead rows."""
+        return dict(zip(self._look_ahead, self.each(self.vectors), strict=True))
+
+    def each(self, by_place: Sequence[T]) -> list[T]:
+        """What belongs to each look-ahead row, in the rows' order, of what belongs to their places below a node."""
+        return [one for _, count in self.draft.chains for one in by_place[:count]]
+
+    @property
+    def _look_ahead(self) -> range:
+        rows = len(self)
+        return range(rows - sum(count for _, count in self.draft.chains), rows)
+
+    def __len__(self) -> int:
+        return 1 + len(self.draft)

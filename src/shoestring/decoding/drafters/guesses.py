@@ -10,6 +10,7 @@ import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from shoestring.decoding.drafters.recycle import SuccessorTable
 from shoestring.decoding.tune import TAUGHT, best_rows
 from shoestring.engine.tokentree import NO_TOKEN
 
-__all__ = ["Guesses", "PlainGuesses", "make_guesses", "plan_rows"]
+__all__ = ["Drafted", "Guesses", "PlainDrafted", "PlainGuesses", "make_guesses", "plan_rows"]
 
 _MOST_RANK = 32  # of a source's guesses
 _PAIRS = 200_000
@@ -32,12 +33,68 @@ Predictions = Sequence[Sequence[int]]
 """Per position after the last token, tokens that may stand there, best first (PaSS)."""
 Grown = tuple[list[int], list[int], list[int], list[float]]
 """Nodes in the order in which they were taken: tokens, parents, sources (an index of `SOURCES`), chances."""
-Drafted = tuple[list[int], list[int], list[int], list[tuple[int, int]], float]
-"""A step's rows, nodes before look-ahead rows: tokens, parents, sources; (node or `ROOT`, look-ahead rows below it); and
-the tokens that the step is expected to give.
 
-A look-ahead row's token is `NO_TOKEN`, and its source `len(SOURCES)`. They stand in the order of the pairs.
-"""
+
+class Drafted(Protocol):
+    """A step's rows below the last token's, as they were planned: nodes, then look-ahead rows.
+
+    A look-ahead row's token is `NO_TOKEN`, and its source `len(SOURCES)`. They stand in the order of `chains`.
+    """
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of each row."""
+
+    @property
+    def parents(self) -> list[int]:
+        """Each row's: a row before it, or `ROOT`."""
+
+    @property
+    def sources(self) -> list[int]:
+        """Of each row, an index of `SOURCES`."""
+
+    @property
+    def chains(self) -> list[tuple[int, int]]:
+        """(node or `ROOT`, look-ahead rows below it)."""
+
+    @property
+    def expected(self) -> float:
+        """The tokens that the step is expected to give."""
+
+    def fits(self, vocabulary: int) -> bool:
+        """Whether all tokens are of such a vocabulary."""
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class PlainDrafted:
+    """The plain guesses' `Drafted`."""
+
+    tokens: list[int]
+    parents: list[int]
+    sources: list[int]
+    chains: list[tuple[int, int]]
+    expected: float
+
+    def fits(self, vocabulary: int) -> bool:
+        """Whether all tokens are of such a vocabulary."""
+        return all(NO_TOKEN <= token < vocabulary for token in self.tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Nodes(Protocol):
+    """Rows below the last token's: a `Draft`, or a `Drafted`."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """`NO_TOKEN` for look-ahead rows."""
+
+    @property
+    def parents(self) -> Sequence[int]:
+        """Each row's: a row before it, or `ROOT`."""
 
 
 class Guesses(Protocol):
@@ -85,8 +142,7 @@ class Guesses(Protocol):
         self,
         emitted: Sequence[int],
         predictions: Predictions,
-        tokens: Sequence[int],
-        parents: Sequence[int],
+        draft: Nodes,
         accepted: Sequence[int],
         successors: np.ndarray,
     ) -> None:
@@ -95,7 +151,7 @@ class Guesses(Protocol):
         Args:
             emitted: tokens that follow the sequence.
             predictions: those that the draft was made with.
-            tokens, parents, accepted: the draft, `NO_TOKEN` for its look-ahead rows, and the accepted path.
+            draft, accepted: what was drafted, and the accepted path.
             successors: tokens likely behind the sequence, and behind each row, int32 [1 + rows, k].
         """
 
@@ -267,14 +323,13 @@ class PlainGuesses:
             parents += [node, *range(len(tokens), len(tokens) + rows - 1)]
             tokens += [NO_TOKEN] * rows
             sources += [len(SOURCES)] * rows
-        return tokens, parents, sources, chains, expected
+        return PlainDrafted(tokens, parents, sources, chains, expected)
 
     def observe(
         self,
         emitted: Sequence[int],
         predictions: Predictions,
-        tokens: Sequence[int],
-        parents: Sequence[int],
+        draft: Nodes,
         accepted: Sequence[int],
         successors: np.ndarray,
     ) -> None:
@@ -283,6 +338,7 @@ class PlainGuesses:
             return
         likely: list[list[int]] = successors.tolist()
         self._judge(emitted, predictions)
+        tokens, parents = draft.tokens, draft.parents
         # By node, ROOT (-1) at the end: its token, and the one before it.
         drafted = [*tokens, self._tokens[-1]]
         before = [*(drafted[parent] for parent in parents), self._tokens[-2] if len(self._tokens) > 1 else -1]

@@ -12,12 +12,12 @@ import numpy as np
 from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.guesses import make_guesses
 from shoestring.decoding.drafters.pass_tokens import LookAheadRows
+from shoestring.decoding.drafters.planned import PlannedDraft
 from shoestring.decoding.drafters.protocol import Context, Draft, StepObservation
-from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates
+from shoestring.decoding.drafters.rates import AcceptanceRates
 from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.tune import StepCost
-from shoestring.engine.tokentree import NO_TOKEN
 from shoestring.errors import RequestError
 
 __all__ = ["MergedDrafter"]
@@ -27,7 +27,6 @@ _CANDIDATES = 3  # tokens taken from each look-ahead row
 _MOST_POSITIONS = 30  # of look-ahead rows whose predictions are counted
 _LEAST_CHANCE = 0.01  # of a row where rows cost something
 _LEAST_VALUE = 0.002  # tokens that a look-ahead row must be expected to gain
-_OWNERS = [*([source] for source in SOURCES), ["look-ahead"]]
 
 
 class MergedDrafter:
@@ -97,13 +96,10 @@ class MergedDrafter:
         least = 0.0 if cost is None else _LEAST_CHANCE
         seconds = None if cost is None else cost.table(max(most, 0), context.batch)
         ahead = 0 if self._ahead is None else min(len(self._ahead), _MOST_POSITIONS)
-        tokens, parents, sources, chains, expected = guesses.draft(
-            most, least, self._predictions, seconds, ahead, _LEAST_VALUE
-        )
-        owners = dict(enumerate(map(_OWNERS.__getitem__, sources)))
-        draft = Draft(tokens, parents, top_k=self._top_k, owners=owners, expected=expected)
+        planned = guesses.draft(most, least, self._predictions, seconds, ahead, _LEAST_VALUE)
+        draft = PlannedDraft(planned, () if self._ahead is None else self._ahead.vectors, self._top_k)
         if self._ahead is not None:
-            self._ahead.stand(draft, chains, len(tokens) - tokens.count(NO_TOKEN))
+            self._ahead.stand(draft)
         return draft
 
     @property
@@ -117,5 +113,6 @@ class MergedDrafter:
         if self._ahead is not None:
             self._ahead.read(step)
         likely = step.every_top_k()
-        self._guesses.observe(step.emitted, predictions, draft.tokens, draft.parents, step.accepted, likely)
+        planned = draft.planned if isinstance(draft, PlannedDraft) else draft  # which was clipped
+        self._guesses.observe(step.emitted, predictions, planned, step.accepted, likely)
         self._observed = len(step.context.tokens)

@@ -6,9 +6,10 @@ tokens at which the accepted path is likely to end, and reads the next drafts of
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoestring.decoding.drafters.planned import PlannedDraft
 from shoestring.decoding.drafters.protocol import ROOT, Context, Draft, StepObservation
 from shoestring.decoding.drafters.rates import AcceptanceRates
 from shoestring.decoding.look_ahead import LookAhead
@@ -31,7 +32,7 @@ class LookAheadRows:
     """
 
     def __init__(self, look_ahead: LookAhead, candidates: int) -> None:
-        self._vectors = look_ahead.rows
+        self.vectors = look_ahead.rows
         self.candidates = candidates
         self.predictions: list[list[int]] = []
         """Per position after the last token, tokens that may stand there, best first."""
@@ -39,7 +40,7 @@ class LookAheadRows:
         self._draft: Draft | None = None
 
     def __len__(self) -> int:
-        return len(self._vectors)
+        return len(self.vectors)
 
     def forget(self) -> None:
         """Begin a new sequence."""
@@ -53,19 +54,15 @@ class LookAheadRows:
         """Add the first `count` look-ahead rows below a node of the draft."""
         assert self._draft is not None, "begin comes first"
         chain: list[int] = []
-        for vector in self._vectors[:count]:
+        for vector in self.vectors[:count]:
             row = self._draft.add_embedding(vector, chain[-1] if chain else node)
             self._draft.owners[row] = ["look-ahead"]
             chain.append(row)
         self._chains[node] = chain
 
-    def stand(self, draft: Draft, chains: Iterable[tuple[int, int]], first: int) -> None:
-        """The draft's rows from `first` on are look-ahead rows: so many below each of these nodes, in this order."""
-        self.begin(draft)
-        for node, count in chains:
-            self._chains[node] = rows = range(first, first + count)
-            draft.embeddings.update(zip(rows, self._vectors, strict=False))
-            first += count
+    def stand(self, draft: PlannedDraft) -> None:
+        """The draft has been planned with look-ahead rows."""
+        self._chains, self._draft = draft.chains, draft
 
     def read(self, step: StepObservation) -> None:
         """Take the predictions of the rows below the token at which the accepted path ended."""

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from shoestring.engine.runner import RowResults
-from shoestring.engine.tokentree import NO_TOKEN
+from shoestring.engine.tokentree import NO_TOKEN, TokenTree
 
 __all__ = ["NO_DRAFT", "ROOT", "Context", "Draft", "Drafter", "StepObservation"]
 
@@ -117,6 +117,32 @@ class Draft:
             if node in self.owners:
                 clipped.owners[numbers[node]] = self.owners[node]
         return clipped
+
+    def fits(self, vocabulary: int) -> bool:
+        """Whether each row has a token of so many, or an embedding: one with both could be accepted with another row's
+        keys and values.
+        """
+        tokens, embeddings = self.tokens, self.embeddings
+        return not tokens or (
+            max(tokens) < vocabulary
+            and min(tokens) >= NO_TOKEN
+            and tokens.count(NO_TOKEN) == len(embeddings)
+            and all(tokens[node] == NO_TOKEN for node in embeddings)
+        )
+
+    def tree(self, pending: list[int]) -> TokenTree:
+        """The step's rows: tokens that are not in the cache yet, and the draft below the last of them."""
+        first = len(pending)
+        if not self.tokens:
+            return TokenTree.chain([*pending])
+        embeddings = None
+        if self.embeddings:
+            embeddings = {first + node: vector for node, vector in self.embeddings.items()}
+        return TokenTree(
+            [*pending, *self.tokens],
+            [*range(-1, first - 1), *[first + parent for parent in self.parents]],
+            embeddings,
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)

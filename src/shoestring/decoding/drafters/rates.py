@@ -31,7 +31,7 @@ _FIRST = MappingProxyType(
 
 def drafting_part() -> Any:
     """The native part, where it drafts as the plain twin of this version does."""
-    return native_part("Guesses", "Datastore")
+    return native_part("Guesses", "Datastore", "Drafted")
 
 
 class AcceptanceRates:

@@ -125,12 +125,12 @@ class BucketStep:
             self._sent.synchronize()
             self._waited = True
 
-    def chosen(self, count: int) -> tuple[list[int], np.ndarray]:
-        """The first output rows' next tokens, and their likeliest tokens int32 [count, top_k] (waits)."""
+    def chosen(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first output rows' next tokens, int32 [count], and their likeliest tokens [count, top_k] (waits)."""
         self.wait()
         first = self.layout.bucket.rows
         likeliest = self._numbers[first : first + count * self.top_k].reshape(count, self.top_k)
-        return self._numbers[:count].tolist(), likeliest.copy()
+        return self._numbers[:count].copy(), likeliest.copy()
 
 
 class BucketSteps:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shoestring.engine.native_part import native_part
 from shoestring.engine.sampling import SamplingOptions, noise_keys
-from shoestring.engine.tokentree import TokenTree
+from shoestring.engine.tokentree import NativeTree, TokenTree
 from shoestring.errors import RequestError
 
 __all__ = [
@@ -186,7 +186,8 @@ class HostLayout:
             sampling: how each slot draws; None: greedily.
             outputs: rows of each tree whose next token is chosen, in the order of `trees`; None: all.
             moves: the last commits' kept rows, where they are not simply the first ones (others cost nothing).
-            own: where each slot's own embeddings lie, in the order of `tree.embeddings`; None: at their rows of the step.
+            own: where each slot's own embeddings lie, in the order of `tree.embeddings` (of a native tree: those of its
+                `vectors`); None: at their rows of the step.
 
         Raises:
             RequestError: more slots, rows, outputs or moves than the bucket has, or a branching tree of more than 256 rows.
@@ -241,13 +242,18 @@ class HostLayout:
         own: Mapping[int, Sequence[int]] | None,
     ) -> dict[int, int]:
         """What `_fill_trees`, `_fill_outputs` and `_fill_moves` do."""
-        laid, first = [], 0
+        laid: list[tuple[Any, ...]] = []
+        first = 0
         for slot, tree in trees.items():
+            if isinstance(tree, NativeTree) and own is not None and len(outputs[slot]) == len(tree):
+                laid.append((tree.draft, cached[slot], table_rows[slot], own.get(slot, ())))
+                first += len(tree)
+                continue
             rows: Sequence[int] = ()
             places: Sequence[int] = ()
             if tree.embeddings:
                 rows = list(tree.embeddings)
-                places = [first + row for row in rows] if own is None else own[slot]
+                places = _places(tree, first, None if own is None else own[slot])
             laid.append(
                 (tree.tokens, tree.parents, cached[slot], table_rows[slot], rows, places, outputs[slot])
             )
@@ -275,8 +281,9 @@ class HostLayout:
             views["embedded"][first:last] = 0
             if tree.embeddings:
                 np.maximum(token[first:last], 0, out=token[first:last])
-                places = [first + row for row in tree.embeddings]
-                views["embedded"][places] = [place + 1 for place in (places if own is None else own[slot])]
+                places = _places(tree, first, None if own is None else own[slot])
+                rows = [first + row for row in tree.embeddings]
+                views["embedded"][rows] = [place + 1 for place in places]
             tree_row[first:last] = np.arange(len(tree))
             chain = tree.is_chain
             position[first:last] = tree.depths
@@ -328,6 +335,13 @@ class HostLayout:
             views["move_source"][index, :count] = np.asarray(move.rows[kept:]) + move.cached
             index += 1
         views["move_count"][index:] = 0
+
+
+def _places(tree: TokenTree, first: int, own: Sequence[int] | None) -> Sequence[int]:
+    """Where each of a tree's embeddings lies."""
+    if own is None:
+        return [first + row for row in tree.embeddings or ()]
+    return tree.each(own) if isinstance(tree, NativeTree) else own
 
 
 def block_shape(layers: int, kv_heads: int, head_dim: int) -> tuple[int, int, int, int, int]:

@@ -3,13 +3,13 @@
 A drafter sends the same few vectors step after step; each is copied once, and a step's layout says which of them a row has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shoestring.engine.tokentree import TokenTree
+from shoestring.engine.tokentree import NativeTree, TokenTree
 
 __all__ = ["OwnRows"]
 
@@ -28,11 +28,18 @@ class OwnRows:
         self._kept: list[Tensor] = []
 
     def place(self, trees: Mapping[int, TokenTree]) -> dict[int, list[int]]:
-        """Where the trees' embeddings lie, by slot, in the order of `tree.embeddings`; at most N in all.
+        """Where the trees' embeddings lie, by slot, in the order of `tree.embeddings`; of a native tree its `vectors`.
+
+        They are at most N in all.
 
         No step that reads the buffer may be under way.
         """
-        wanted = {slot: list(tree.embeddings.values()) for slot, tree in trees.items() if tree.embeddings}
+        wanted: dict[int, Sequence[Tensor]] = {}
+        for slot, tree in trees.items():
+            if isinstance(tree, NativeTree):
+                wanted[slot] = tree.vectors
+            elif tree.embeddings:
+                wanted[slot] = list(tree.embeddings.values())
         if not wanted:
             return {}
         # Most steps bring what cannot change and is here: asked first, in one look each.

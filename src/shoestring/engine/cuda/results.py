@@ -30,10 +30,10 @@ class Chosen:
         self._asked = False
 
     @functools.cached_property
-    def tokens(self) -> tuple[list[int], np.ndarray]:
-        """Each output's next token and its likeliest tokens, int32 [outputs, k] (waits)."""
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each output's next token, int32 [outputs], and its likeliest tokens [outputs, k] (waits)."""
         self._asked = True
-        return self._step.chosen(self._outputs) if self._outputs else ([], _NONE)
+        return self._step.chosen(self._outputs) if self._outputs else (_NONE[:, 0], _NONE)
 
     @property
     def logits(self) -> Tensor:
@@ -58,8 +58,8 @@ class Part:
     hidden: dict[int, Tensor]
 
     @property
-    def drawn(self) -> list[int]:
-        """Next tokens."""
+    def drawn(self) -> np.ndarray:
+        """Next tokens, int32 [rows]."""
         return self.chosen.tokens[0][self.first : self.last]
 
     @property
@@ -78,10 +78,10 @@ class Part:
         read = [part for part in parts if part.last > part.first]
         if len(parts) == 1 or (len(read) == 1 and not read[0].hidden):
             return (read or parts)[0]  # which is not waited for
-        tops = [part.top for part in parts if part.drawn] or [_NONE]
+        tops = [part.top for part in parts if len(part.drawn)] or [_NONE]
         width = min(top.shape[1] for top in tops)  # all have as many as were asked for, some more
         tokens = (
-            [token for part in parts for token in part.drawn],
+            np.concatenate([part.drawn for part in parts]),
             np.concatenate([top[:, :width] for top in tops]),
         )
         joined = Joined(tokens, torch.cat([part.logits for part in parts]))
@@ -93,7 +93,7 @@ class Part:
 class Joined:
     """Several passes' tokens and logits."""
 
-    tokens: tuple[list[int], np.ndarray]
+    tokens: tuple[np.ndarray, np.ndarray]
     logits: Tensor
 
 
@@ -105,6 +105,12 @@ class CudaResults(SlotResults):
     ) -> None:
         super().__init__(tree, rows, None, *arguments)
         self._part, self._draws = part, draws
+
+    def drawn(self) -> np.ndarray | None:
+        """Every row's next token, where the device has drawn them."""
+        if not self._draws or len(self._rows) != len(self._tree):
+            return None
+        return self._part.drawn
 
     def next_token(self, row: int) -> int:
         """The token that follows the row under the slot's sampling options."""
@@ -122,7 +128,8 @@ class CudaResults(SlotResults):
 
     @functools.cached_property
     def _drawn(self) -> list[int]:
-        return self._part.drawn
+        drawn: list[int] = self._part.drawn.tolist()
+        return drawn
 
     def top_k_table(self, rows: Sequence[int]) -> np.ndarray:
         """`top_k_of` as an array: what the device has written, without a list for each row."""

@@ -1,0 +1,83 @@
+"""A draft that guesses have planned (`guesses.py`): its rows stay where they were planned, the native part as a rule.
+
+Of what is planned at every step, few ask for lists: a native draft goes into a native tree (`TokenTree`), which verifies it
+and is laid out without them.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import Tensor
+
+from shoestring.decoding.drafters.guesses import Drafted, PlainDrafted
+from shoestring.decoding.drafters.protocol import Draft
+from shoestring.decoding.drafters.rates import SOURCES
+from shoestring.engine.tokentree import NativeTree, TokenTree
+
+__all__ = ["PlannedDraft"]
+
+_OWNERS = [*([source] for source in SOURCES), ["look-ahead"]]
+_NO_ROWS: set[int] = set()
+
+
+class PlannedDraft(Draft):
+    """What was planned, as a draft.
+
+    Args:
+        planned: its rows.
+        vectors: the embeddings of a look-ahead row, by its place below a node.
+        top_k: as of any draft.
+    """
+
+    def __init__(self, planned: Drafted, vectors: Sequence[Tensor], top_k: int) -> None:
+        self.planned, self.vectors, self.top_k = planned, vectors, top_k
+        self.expected = planned.expected
+        self.wanted, self.read_only = None, _NO_ROWS
+
+    @cached_property
+    def tokens(self) -> list[int]:  # type: ignore[override]
+        """Made when someone asks, as what follows is."""
+        return self.planned.tokens
+
+    @cached_property
+    def parents(self) -> list[int]:  # type: ignore[override]
+        """Of each row."""
+        return self.planned.parents
+
+    @cached_property
+    def owners(self) -> dict[int, list[str]]:  # type: ignore[override]
+        """The source of each row."""
+        return dict(enumerate(map(_OWNERS.__getitem__, self.planned.sources)))
+
+    @cached_property
+    def embeddings(self) -> dict[int, Tensor]:  # type: ignore[override]
+        """Of look-ahead rows."""
+        found: dict[int, Tensor] = {}
+        for rows in self.chains.values():
+            found.update(zip(rows, self.vectors, strict=False))
+        return found
+
+    @cached_property
+    def chains(self) -> dict[int, Sequence[int]]:
+        """The look-ahead rows below each node that has some."""
+        chains = self.planned.chains
+        row = len(self) - sum(count for _, count in chains)
+        found: dict[int, Sequence[int]] = {}
+        for node, count in chains:
+            found[node] = range(row, row + count)
+            row += count
+        return found
+
+    def fits(self, vocabulary: int) -> bool:
+        """Whether each row has a token of so many, or an embedding, which look-ahead rows alone have."""
+        return self.planned.fits(vocabulary)
+
+    def tree(self, pending: list[int]) -> TokenTree:
+        """The step's rows: tokens that are not in the cache yet, and the draft below the last of them."""
+        planned = self.planned
+        if len(pending) > 1 or isinstance(planned, PlainDrafted) or not len(planned):
+            return super().tree(pending)
+        return NativeTree(planned, self.vectors)
+
+    def __len__(self) -> int:
+        return len(self.planned)
