@@ -435,6 +435,21 @@ Drafted Guesses::draft(size_t most, double least, const Predictions& predictions
   return drafted;
 }
 
+std::pair<int32_t, int32_t> Drafted::chain(int32_t node) const {
+  auto row = static_cast<int32_t>(size());
+  for (auto last = chains.rbegin(); last != chains.rend(); ++last) {
+    row -= last->second;
+    if (last->first == node) return {row, last->second};
+  }
+  return {row, 0};
+}
+
+std::vector<int32_t> Drafted::tokens_of(const std::vector<int32_t>& rows) const {
+  std::vector<int32_t> found;
+  for (const int32_t row : rows) found.push_back(row == 0 ? last : tokens.at(static_cast<size_t>(row) - 1));
+  return found;
+}
+
 bool Drafted::fits(int32_t vocabulary) const {
   return std::all_of(tokens.begin(), tokens.end(), [vocabulary](int32_t token) { return token >= -1 && token < vocabulary; });
 }

@@ -118,6 +118,10 @@ struct Drafted {
   double expected = 1;                              // tokens that the step gives, by the nodes' chances
 
   size_t size() const { return tokens.size(); }
+  // The first of the look-ahead rows below a node (ROOT: -1), and how many they are.
+  std::pair<int32_t, int32_t> chain(int32_t node) const;
+  // The tokens of rows of the step, 0 the last token's.
+  std::vector<int32_t> tokens_of(const std::vector<int32_t>& rows) const;
   // Whether each row has a token of such a vocabulary, or none.
   bool fits(int32_t vocabulary) const;
 };

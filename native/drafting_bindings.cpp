@@ -90,6 +90,8 @@ void bind_drafting(nb::module_& module) {
       .def_ro("chains", &Drafted::chains)
       .def_ro("expected", &Drafted::expected)
       .def("__len__", &Drafted::size)
+      .def("chain", &Drafted::chain)
+      .def("tokens_of", &Drafted::tokens_of)
       .def("fits", &Drafted::fits)
       .def("walk", [](const Drafted& self, const Tokens& next) {
         Walk walked = walk(self, next.data(), next.shape(0));

@@ -90,6 +90,10 @@ class TokenTree:
             children[self.parents[row]].append(row)
         return children
 
+    def tokens_of(self, rows: Sequence[int]) -> list[int]:
+        """The rows' tokens."""
+        return [self.tokens[row] for row in rows]
+
     def path(self, row: int) -> list[int]:
         """The rows from row 0 to `row`, both included."""
         rows = [row]
@@ -138,6 +142,11 @@ class NativeTree(TokenTree):
     def embeddings(self) -> dict[int, Tensor]:
         """Of look-ahead rows."""
         return dict(zip(self._look_ahead, self.each(self.vectors), strict=True))
+
+    def tokens_of(self, rows: Sequence[int]) -> list[int]:
+        """The rows' tokens."""
+        found: list[int] = self.draft.tokens_of(rows)
+        return found
 
     def each(self, by_place: Sequence[T]) -> list[T]:
         """What belongs to each look-ahead row, in the rows' order, of what belongs to their places below a node."""

@@ -61,6 +61,9 @@ class Drafted(Protocol):
     def expected(self) -> float:
         """The tokens that the step is expected to give."""
 
+    def chain(self, node: int) -> tuple[int, int]:
+        """The first of the look-ahead rows below a node (or `ROOT`), and how many they are."""
+
     def fits(self, vocabulary: int) -> bool:
         """Whether all tokens are of such a vocabulary."""
 
@@ -76,6 +79,15 @@ class PlainDrafted:
     sources: list[int]
     chains: list[tuple[int, int]]
     expected: float
+
+    def chain(self, node: int) -> tuple[int, int]:
+        """The first of the look-ahead rows below a node (or `ROOT`), and how many they are."""
+        row = len(self)
+        for below, count in reversed(self.chains):
+            row -= count
+            if below == node:
+                return row, count
+        return row, 0
 
     def fits(self, vocabulary: int) -> bool:
         """Whether all tokens are of such a vocabulary."""

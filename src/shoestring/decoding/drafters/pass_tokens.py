@@ -62,13 +62,15 @@ class LookAheadRows:
 
     def stand(self, draft: PlannedDraft) -> None:
         """The draft has been planned with look-ahead rows."""
-        self._chains, self._draft = draft.chains, draft
+        self._chains, self._draft = {}, draft
 
     def read(self, step: StepObservation) -> None:
         """Take the predictions of the rows below the token at which the accepted path ended."""
         chain: Sequence[int] = ()
-        if step.draft is self._draft:  # else it was clipped: the context's end is near
-            chain = self._chains.get(step.accepted[-1] if step.accepted else ROOT, ())
+        draft = step.draft
+        if draft is self._draft:  # else it was clipped: the context's end is near
+            node = step.accepted[-1] if step.accepted else ROOT
+            chain = draft.chain(node) if isinstance(draft, PlannedDraft) else self._chains.get(node, ())
         self.predictions = step.candidates(chain, self.candidates)
 
 

@@ -53,20 +53,14 @@ class PlannedDraft(Draft):
     def embeddings(self) -> dict[int, Tensor]:  # type: ignore[override]
         """Of look-ahead rows."""
         found: dict[int, Tensor] = {}
-        for rows in self.chains.values():
-            found.update(zip(rows, self.vectors, strict=False))
+        for node, _ in self.planned.chains:
+            found.update(zip(self.chain(node), self.vectors, strict=False))
         return found
 
-    @cached_property
-    def chains(self) -> dict[int, Sequence[int]]:
-        """The look-ahead rows below each node that has some."""
-        chains = self.planned.chains
-        row = len(self) - sum(count for _, count in chains)
-        found: dict[int, Sequence[int]] = {}
-        for node, count in chains:
-            found[node] = range(row, row + count)
-            row += count
-        return found
+    def chain(self, node: int) -> range:
+        """The look-ahead rows below a node (or `ROOT`)."""
+        first, count = self.planned.chain(node)
+        return range(first, first + count)
 
     def fits(self, vocabulary: int) -> bool:
         """Whether each row has a token of so many, or an embedding, which look-ahead rows alone have."""

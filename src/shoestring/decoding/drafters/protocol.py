@@ -191,7 +191,10 @@ class StepObservation:
 
     def candidates(self, nodes: Sequence[int], count: int) -> list[list[int]]:
         """Per node, tokens likely to follow it, best first, no more than the draft's `top_k`: for drafts."""
-        return self.results.candidates([self.first_row + node for node in nodes], count)
+        first = self.first_row
+        if isinstance(nodes, range):
+            return self.results.candidates(range(first + nodes.start, first + nodes.stop), count)
+        return self.results.candidates([first + node for node in nodes], count)
 
 
 @runtime_checkable

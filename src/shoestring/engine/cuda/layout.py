@@ -196,10 +196,14 @@ class HostLayout:
             slot: range(len(tree)) if outputs is None else outputs.get(slot, ())
             for slot, tree in trees.items()
         }
-        self._check(trees, wanted, moves)
         if self._native is not None:
-            firsts = self._fill_natively(trees, cached, table_rows, wanted, moves, own)
+            try:
+                firsts = self._fill_natively(trees, cached, table_rows, wanted, moves, own)
+            except ValueError:  # it says less of what does not fit
+                self._check(trees, wanted, moves)
+                raise
         else:
+            self._check(trees, wanted, moves)
             firsts = self._fill_trees(trees, cached, table_rows, own)
             self._fill_outputs(firsts, wanted)
             self._fill_moves(moves)

@@ -43,7 +43,8 @@ class OwnRows:
         if not wanted:
             return {}
         # Most steps bring what cannot change and is here: asked first, in one look each.
-        known = {slot: [self._places.get(id(one), -1) for one in some] for slot, some in wanted.items()}
+        get = self._places.get
+        known = {slot: [get(one, -1) for one in map(id, some)] for slot, some in wanted.items()}
         if not any(-1 in places for places in known.values()):
             return known
         keys = {slot: [*map(_identity, vectors)] for slot, vectors in wanted.items()}

@@ -215,8 +215,7 @@ class CudaRunner:
     def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
         """Keep these rows of the last step."""
         for slot, rows in paths.items():
-            tree = self._trees[slot]
-            self.cache.commit(slot, [tree.tokens[row] for row in rows], rows)
+            self.cache.commit(slot, self._trees[slot].tokens_of(rows), rows)
 
     def rewind(self, slot: int, length: int) -> None:
         """Drop all cached tokens beyond the first `length`."""
