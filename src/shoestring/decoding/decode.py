@@ -190,10 +190,11 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
     wanted: dict[int, Sequence[int]] = {}
     roots: dict[int, int | None] = {}
     judged: dict[Governor, _Judged] = {}
-    top_k = 0
+    top_k, logits = 0, False
     prefill = PREFILL_CHUNK
     for sequence in active:
         pending = sequence.pending
+        logits = logits or sequence.request.logprobs
         if len(pending) > 1:
             if prefill <= 0:
                 continue
@@ -225,7 +226,6 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
             wanted[sequence.slot] = range(root, root + 1 + len(draft))
         else:
             wanted[sequence.slot] = [root, *(root + 1 + node for node in draft.wanted)]
-    logits = any(sequence.request.logprobs for sequence in active)
     results = runner.step(trees, Outputs(wanted, top_k=top_k, logits=logits))
     return _Flight(trees, roots, results, runner.settled, judged)
 
@@ -245,7 +245,7 @@ def _land(runner: Runner, active: list[_Sequence], flight: _Flight) -> list[_Lan
             del sequence.pending[: len(tree)]
             continue
         request, draft = sequence.request, sequence.draft
-        read_only = {first + 1 + node for node in draft.read_only}
+        read_only = draft.read_only and {first + 1 + node for node in draft.read_only}
         path, emitted = verify(tree, results, first, read_only)
         kept, reason, texts = _ending(runner, sequence, emitted)
         logprobs = None

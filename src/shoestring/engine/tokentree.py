@@ -124,9 +124,11 @@ class NativeTree(TokenTree):
 
     draft: Any
     vectors: Sequence[Tensor]
+    _count: int
 
     def __init__(self, draft: Any, vectors: Sequence[Tensor]) -> None:
-        vars(self).update(draft=draft, vectors=vectors)
+        own = vars(self)
+        own["draft"], own["vectors"], own["_count"] = draft, vectors, 1 + len(draft)
 
     @cached_property
     def tokens(self) -> list[int]:
@@ -158,4 +160,4 @@ class NativeTree(TokenTree):
         return range(rows - sum(count for _, count in self.draft.chains), rows)
 
     def __len__(self) -> int:
-        return 1 + len(self.draft)
+        return self._count

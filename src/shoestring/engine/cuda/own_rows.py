@@ -26,6 +26,8 @@ class OwnRows:
         self._buffer = buffer
         self._places: dict[_Identity, int] = {}
         self._kept: list[Tensor] = []
+        # Those of lists that came before, which are kept alive: most steps bring the same one.
+        self._of_lists: dict[int, tuple[Sequence[Tensor], list[int]]] = {}
 
     def place(self, trees: Mapping[int, TokenTree]) -> dict[int, list[int]]:
         """Where the trees' embeddings lie, by slot, in the order of `tree.embeddings`; of a native tree its `vectors`.
@@ -42,11 +44,9 @@ class OwnRows:
                 wanted[slot] = list(tree.embeddings.values())
         if not wanted:
             return {}
-        # Most steps bring what cannot change and is here: asked first, in one look each.
-        get = self._places.get
-        known = {slot: [get(one, -1) for one in map(id, some)] for slot, some in wanted.items()}
-        if not any(-1 in places for places in known.values()):
-            return known
+        known = {slot: self._of_lists.get(id(some)) for slot, some in wanted.items()}
+        if None not in known.values():
+            return {slot: found[1] for slot, found in known.items() if found}
         keys = {slot: [*map(_identity, vectors)] for slot, vectors in wanted.items()}
         if not all(key in self._places for some in keys.values() for key in some):
             self._copy(
@@ -56,13 +56,17 @@ class OwnRows:
                     for key, vector in zip(keys[slot], vectors, strict=True)
                 }
             )
-        return {slot: [*map(self._places.__getitem__, some)] for slot, some in keys.items()}
+        places = {slot: [*map(self._places.__getitem__, some)] for slot, some in keys.items()}
+        for slot, tree in trees.items():
+            if isinstance(tree, NativeTree) and all(vector.is_inference() for vector in tree.vectors):
+                self._of_lists[id(tree.vectors)] = tree.vectors, places[slot]
+        return places
 
     def _copy(self, every: dict[_Identity, Tensor]) -> None:
         """Bring those of a step's vectors into the buffer that are not in it."""
         new = {key: vector for key, vector in every.items() if key not in self._places}
         if len(self._places) + len(new) > len(self._buffer):  # make room: what this step needs comes anew
-            self._places, self._kept, new = {}, [], every
+            self._places, self._kept, self._of_lists, new = {}, [], {}, every
         first = len(self._places)
         self._buffer[first : first + len(new)] = torch.stack(
             [vector.detach().to(self._buffer.device) for vector in new.values()]

@@ -123,12 +123,15 @@ class CudaRunner:
         """One forward pass over the slots' trees, packed into one sequence."""
         cached = {slot: self.cache.length(slot) for slot in trees}
         check_step(trees, cached, self.max_positions)
+        rows, total = {}, 0
         for slot, tree in trees.items():
-            self.cache.reserve(slot, len(tree))
-        rows = {slot: want.rows_of(slot, tree) for slot, tree in trees.items()}
+            count = len(tree)
+            self.cache.reserve(slot, count)
+            rows[slot] = want.rows_of(slot, tree)
+            total += count
         self._trees.update(trees)
         self.settled = True
-        if sum(len(tree) for tree in trees.values()) <= GRAPH_ROWS:
+        if total <= GRAPH_ROWS:
             found = self._pass(trees, cached, rows, want)
         else:
             found = self._passes(trees, cached, rows, want)
