@@ -19,7 +19,7 @@ from shoestring.decoding.stopping import StopChecker
 from shoestring.engine.runner import Runner
 from shoestring.engine.sampling import SamplingOptions
 
-__all__ = ["bundled_texts", "remembered_texts", "write_texts"]
+__all__ = ["bundled_texts", "keep_texts", "remembered_texts", "write_texts"]
 
 _BATCH = 8
 _REQUEST_TOKENS, _ANSWER_TOKENS = 48, 192
@@ -36,6 +36,8 @@ def write_texts(
     seconds: float | None = None,
     tokens: int = _MOST_TOKENS,
     progress: Callable[[int, int], None] | None = None,
+    batch: int = _BATCH,
+    first: int = 0,
 ) -> np.ndarray:
     """At most so many tokens of the model's own texts, as the time allows, one behind another: int32 [N].
 
@@ -47,6 +49,8 @@ def write_texts(
         seconds: `SECONDS` by default; none are written by a model so slow that it would not get far.
         tokens: at most.
         progress: called with per cent of the time or of the tokens, and 100.
+        batch: texts at a time, as far as slots are free.
+        first: number of the first request; others are other requests.
     """
     seconds = SECONDS if seconds is None else seconds
     room = runner.max_positions
@@ -64,13 +68,13 @@ def write_texts(
             if made_up:
                 prompt += [*made_up.popleft(), *(ending or ())]
             else:
-                sampling = SamplingOptions(temperature=1.0, sample=len(answers))
+                sampling = SamplingOptions(temperature=1.0, sample=first + len(answers))
                 most = _REQUEST_TOKENS if ending is not None else most
             yield Request(prompt=prompt, sampling=sampling, stopping=StopChecker(None, eos_ids, most))
 
     began = now = time.perf_counter()
     counted, judged = 0, False
-    slots = max(1, _BATCH - len(runner.slots))  # runners have no more than some
+    slots = max(1, batch - len(runner.slots))  # runners have no more than some
     with closing(decode(runner, requests(), slots)) as emissions:
         for emission in emissions:
             text = written.setdefault(emission.request, [])
@@ -104,11 +108,18 @@ def write_texts(
 
 def bundled_texts(name: str) -> np.ndarray | None:
     """The texts that come with the package for a model of this name, if there are any: int32 [N]."""
-    source = resources.files("shoestring.decoding") / "texts" / f"{name}.npy"
+    source = resources.files("shoestring.decoding") / "texts" / f"{name}.npz"
     if not name.replace("-", "").replace(".", "").isalnum() or not source.is_file():
         return None
-    with source.open("rb") as file:
-        return np.load(file, allow_pickle=False).astype(np.int32)
+    with source.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return archive["tokens"].astype(np.int32)
+
+
+def keep_texts(path: Path, texts: np.ndarray) -> None:
+    """Write texts as they come with the package: compressed, which halves them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    smallest = np.uint16 if texts.max(initial=0) < 1 << 16 else np.int32
+    np.savez_compressed(path, tokens=texts.astype(smallest))
 
 
 def remembered_texts(
