@@ -103,54 +103,86 @@ void AcceptanceRates::weigh(size_t at) {
   rates_[at] = (cell.hits + prior_weight_ * cell.prior) / (cell.trials + prior_weight_);
 }
 
+GramKeys::GramKeys(const int32_t* tail, int length) {
+  keys_[0] = kNoGram;
+  for (int least = 1; least <= length; ++least) keys_[least] = gram_key(keys_[least - 1], tail[length - least]);
+}
+
 Datastore::Datastore(const int32_t* tokens, size_t count, int longest)
     : longest_(longest), width_(static_cast<size_t>(longest) - kLeastLength + 1) {
   if (longest < kLeastLength || longest > kMostTail) throw std::invalid_argument("suffixes of 2 to 16 tokens can be looked for");
   const auto before = [tokens](int32_t position, int back) { return position >= back ? tokens[position - back] : -1; };
-  std::vector<int32_t> order;
-  for (size_t position = kLeastLength; position < count; ++position) order.push_back(static_cast<int32_t>(position));
-  std::sort(order.begin(), order.end(), [&](int32_t one, int32_t other) {
-    for (int back = 1; back <= longest; ++back) {
-      const int32_t left = before(one, back), right = before(other, back);
+  struct Place {
+    uint64_t nearest;  // three tokens' lowest 21 bits, which most often decide, without a look at the texts
+    int32_t position;
+  };
+  constexpr int kNearest = 3, kBits = 21;
+  std::vector<Place> order;
+  if (count > kLeastLength) order.reserve(count - kLeastLength);
+  for (size_t i = kLeastLength; i < count; ++i) {
+    const auto position = static_cast<int32_t>(i);
+    uint64_t nearest = 0;
+    for (int back = 1; back <= kNearest; ++back) {
+      const int32_t token = back <= longest ? before(position, back) + 1 : 0;
+      if (token < 0 || token >> kBits) throw std::invalid_argument("a token is negative, or beyond two million");
+      nearest = nearest << kBits | static_cast<uint64_t>(token);
+    }
+    order.push_back({nearest, position});
+  }
+  std::sort(order.begin(), order.end(), [&](const Place& one, const Place& other) {
+    if (one.nearest != other.nearest) return one.nearest < other.nearest;
+    for (int back = kNearest + 1; back <= longest; ++back) {
+      const int32_t left = before(one.position, back), right = before(other.position, back);
       if (left != right) return left < right;
     }
-    return one < other;
+    return one.position < other.position;
   });
   places_.reserve(order.size() * width_);
-  for (const int32_t position : order) {
-    places_.push_back(tokens[position]);
-    for (int back = kLeastLength + 1; back <= longest; ++back) places_.push_back(before(position, back));
+  for (const Place& place : order) {
+    places_.push_back(tokens[place.position]);
+    for (int back = kLeastLength + 1; back <= longest; ++back) places_.push_back(before(place.position, back));
   }
+  const auto pair_key_at = [&](size_t i) {
+    return gram_key(gram_key(kNoGram, before(order[i].position, 1)), before(order[i].position, 2));
+  };
   for (size_t first = 0, last; first < order.size(); first = last) {
-    const auto pair_at = [&](size_t i) { return pair_key(before(order[i], 2), before(order[i], 1)); };
-    const uint64_t pair = pair_at(first);
-    for (last = first + 1; last < order.size() && pair_at(last) == pair;) ++last;
-    int32_t* range = pairs_.insert(pair);
-    range[0] = static_cast<int32_t>(first);
-    range[1] = static_cast<int32_t>(last);
+    const uint64_t pair = pair_key_at(first);
+    for (last = first + 1; last < order.size() && pair_key_at(last) == pair;) ++last;
+    keep(pair, first, last, kLeastLength);
   }
 }
 
-Datastore::Match Datastore::find(const int32_t* tail, int length) const {
+void Datastore::keep(uint64_t key, size_t first, size_t last, int length) {
+  int32_t* range = ranges_.insert(key);
+  range[0] = static_cast<int32_t>(first);
+  range[1] = static_cast<int32_t>(last);
+  if (length == longest_ || static_cast<int64_t>(last - first) <= kFew) return;
+  for (size_t from = first, to; from < last; from = to) {
+    const int32_t token = at(from, length + 1);
+    for (to = from + 1; to < last && at(to, length + 1) == token;) ++to;
+    if (token >= 0) keep(gram_key(key, token), from, to, length + 1);
+  }
+}
+
+Datastore::Match Datastore::find(const int32_t* tail, int length, const uint64_t* keys) const {
   Match match;
   if (length < kLeastLength) return match;
-  const int32_t* range = pairs_.find(pair_key(tail[length - 2], tail[length - 1]));
+  const int32_t* range = ranges_.find(keys[kLeastLength]);
   if (!range) return match;
-  // The first of these places before which a token stands that is `least` or more.
-  const auto bound = [this](int64_t first, int64_t last, int back, int64_t least) {
-    while (first < last) {
-      const int64_t middle = first + (last - first) / 2;
-      if (at(middle, back) < least) first = middle + 1;
-      else last = middle;
-    }
-    return first;
-  };
   int64_t first = range[0], last = range[1];
-  for (match.length = kLeastLength; match.length < std::min(longest_, length); ++match.length) {
+  const int most = std::min(longest_, length);
+  for (match.length = kLeastLength; match.length < most && last - first > kFew; ++match.length) {
+    range = ranges_.find(keys[match.length + 1]);
+    if (!range) break;
+    first = range[0], last = range[1];
+  }
+  for (; match.length < most && last - first <= kFew; ++match.length) {
     const int back = match.length + 1;
-    const int64_t token = tail[length - back];
-    const int64_t low = bound(first, last, back, token), high = bound(low, last, back, token + 1);
-    if (low == high) break;
+    const int32_t token = tail[length - back];
+    int64_t low = first, high;
+    while (low < last && at(low, back) != token) ++low;
+    if (low == last) break;
+    for (high = low + 1; high < last && at(high, back) == token;) ++high;
     first = low, last = high;
   }
   const int64_t found = last - first, looked_at = std::min<int64_t>(found, kMostTokens);
@@ -226,15 +258,11 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
   const uint64_t pair = tail.length > 1 ? pair_key(tail.tokens[tail.length - 2], last) : 0;
   const bool is_known = last >= 0 && static_cast<size_t>(last) < known_tokens_;
   // All that is looked up below lies far apart: it is fetched at once, before any of it is waited for.
-  std::array<uint64_t, kMostTail + 1> keys;
-  keys[0] = kNoGram;
-  for (int length = 1; length <= tail.length; ++length) {
-    keys[length] = gram_key(keys[length - 1], tail.tokens[tail.length - length]);
-    ends_.prefetch(keys[length]);
-  }
+  const GramKeys keys(tail.tokens.data(), tail.length);
+  for (int length = 1; length <= tail.length; ++length) ends_.prefetch(keys[length]);
   after_pair_.prefetch(pair);
   after_.prefetch(static_cast<uint32_t>(last));
-  if (datastore_ && tail.length > 1) datastore_->prefetch(pair);
+  if (datastore_) datastore_->prefetch(keys.data(), tail.length);
   if (is_known) prefetch(known_ + last * known_width_);
   // Where an n-gram ended, shorter ones did too.
   std::array<const int32_t*, kMostTail + 1> ends;
@@ -272,7 +300,7 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
     for (const int32_t token : predictions[depth]) found.push(token, {kPass, static_cast<int>(depth) + 1, rank++});
   }
   if (datastore_) {
-    const Datastore::Match match = datastore_->find(tail.tokens.data(), tail.length);
+    const Datastore::Match match = datastore_->find(tail.tokens.data(), tail.length, keys.data());
     for (int rank = 0; rank < match.count; ++rank) found.push(match.tokens[rank], {kDatastore, match.length, rank});
   }
 }

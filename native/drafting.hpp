@@ -144,20 +144,38 @@ class Datastore {
     std::array<int32_t, kMostTokens> tokens;  // the most frequent first, of those that lie evenly in the range
   };
   Datastore(const int32_t* tokens, size_t count, int longest);
-  // Ask for what follows a pair of tokens ahead of time.
-  void prefetch(uint64_t pair) const { pairs_.prefetch(pair); }
-  Match find(const int32_t* tail, int length) const;
+  // Ask for what follows a suffix ahead of time, by the keys of its last 1, 2, ... tokens (`GramKeys`).
+  void prefetch(const uint64_t* keys, int length) const {
+    for (int least = kLeastLength; least <= std::min(length, kPrefetched); ++least) ranges_.prefetch(keys[least]);
+  }
+  Match find(const int32_t* tail, int length, const uint64_t* keys) const;
 
  private:
+  // Ranges of so few places are searched through, others have those of the next longer n-grams in the table.
+  static constexpr int64_t kFew = 64;
+  static constexpr int kPrefetched = 4;
+
   // Of the place's token and those before its pair, the one that stands so far before the token (0: the token itself).
   int32_t at(size_t place, int back) const { return places_[place * width_ + (back ? back - kLeastLength : 0)]; }
+  void keep(uint64_t key, size_t first, size_t last, int length);
 
   int longest_;
   size_t width_;
   // All places of the texts in the order of what stands before them, nearest tokens first; a place's token and the tokens
   // before its pair lie together, since each look at another place waits for memory.
   std::vector<int32_t> places_;
-  FlatTable pairs_{2};  // by pair: its range of places
+  FlatTable ranges_{2};  // by n-gram: its range of places
+};
+
+// The keys of a text's last 1, 2, ... tokens, at their lengths; 0: that of none.
+class GramKeys {
+ public:
+  GramKeys(const int32_t* tail, int length);
+  const uint64_t* data() const { return keys_.data(); }
+  uint64_t operator[](int length) const { return keys_[length]; }
+
+ private:
+  std::array<uint64_t, kMostTail + 1> keys_;
 };
 
 class Guesses {

@@ -4,6 +4,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -67,7 +68,9 @@ void bind_drafting(nb::module_& module) {
           },
           nb::arg("tokens"), nb::arg("longest"))
       .def("after", [](const HeldDatastore& self, const std::vector<int32_t>& tail) {
-        const Datastore::Match match = self.shared->find(tail.data(), static_cast<int>(tail.size()));
+        const auto length = static_cast<int>(std::min<size_t>(tail.size(), kMostTail));
+        const int32_t* const last = tail.data() + tail.size() - length;
+        const Datastore::Match match = self.shared->find(last, length, GramKeys(last, length).data());
         return nb::make_tuple(match.length,
                               std::vector<int32_t>(match.tokens.begin(), match.tokens.begin() + match.count));
       });
