@@ -159,7 +159,9 @@ class CudaRunner:
         want: Outputs,
     ) -> "dict[int, Part]":
         """One launch sequence or one graph: the slots' trees behind so many cached tokens."""
-        total, outputs = sum(map(len, trees.values())), sum(map(len, rows.values()))
+        total = outputs = 0
+        for slot, tree in trees.items():
+            total, outputs = total + len(tree), outputs + len(rows[slot])
         top_k = max(1, want.top_k if want.top_k <= MAX_TOP else 1)
         moves = self.cache.take_moves()
         step = self.steps.get(max(len(trees), len(moves)), total, top_k)
@@ -173,10 +175,7 @@ class CudaRunner:
             moves,
             self._own.place(trees),
         )
-        hidden = {
-            layer: torch.zeros(step.layout.bucket.rows, self._decoder.config.hidden_size, device=self.device)
-            for layer in {self._layer(layer) for layer in want.hidden_states}
-        }
+        hidden = self._room_for(want.hidden_states, step.layout.bucket.rows) if want.hidden_states else {}
         self.settled = self.settled and step.settled
         if not hidden:
             self.steps.prepare(step)
@@ -290,6 +289,14 @@ class CudaRunner:
         )
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+    def _room_for(self, layers: Sequence[int], rows: int) -> dict[int, torch.Tensor]:
+        """Where a pass writes hidden states, by layer: [R, E]."""
+        width = self._decoder.config.hidden_size
+        return {
+            layer: torch.zeros(rows, width, device=self.device)
+            for layer in {self._layer(layer) for layer in layers}
+        }
 
     def _layer(self, layer: int) -> int:
         layers = len(self._decoder.layers)
