@@ -11,6 +11,7 @@ namespace {
 
 constexpr size_t kManyOffers = 512, kUsualNodes = 64;
 constexpr double kTaught = 0.01;  // tokens that a row is worth beside its chance (tune.TAUGHT)
+constexpr double kMostCertain = 0.97;  // a chance that sources which agree make it
 constexpr double kSlack = 1 + 1e-9;  // sums round: nothing that may be as good as the best is given up
 
 // The key of an n-gram from that of its last n - 1 tokens, and the token before these.
@@ -101,6 +102,23 @@ void AcceptanceRates::observe(size_t at, bool hit) {
 void AcceptanceRates::weigh(size_t at) {
   const Cell& cell = cells_[at];
   rates_[at] = (cell.hits + prior_weight_ * cell.prior) / (cell.trials + prior_weight_);
+}
+
+void Agreement::forget() {
+  hits_.fill(kPrior);
+  expected_.fill(kPrior);
+  factors_.fill(1);
+}
+
+void Agreement::observe(int source, int others, double chance, bool hit) {
+  const size_t cell = at(source, others);
+  if (expected_[cell] >= kMemory) {
+    hits_[cell] *= 0.5;
+    expected_[cell] *= 0.5;
+  }
+  hits_[cell] += hit ? 1 : 0;
+  expected_[cell] += chance;
+  factors_[cell] = hits_[cell] / expected_[cell];
 }
 
 GramKeys::GramKeys(const int32_t* tail, int length) {
@@ -229,6 +247,7 @@ void Guesses::forget() {
   after_.clear();
   updates_.clear();
   clock_ = 0;
+  agreement_.forget();
 }
 
 void Guesses::extend(const int32_t* tokens, size_t count) {
@@ -305,7 +324,7 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
   }
 }
 
-void Guesses::weigh(const Found& found, Candidates& candidates) const {
+void Guesses::weigh(const Found& found, Candidates& candidates, const Agreement* agreement) const {
   candidates.tokens.clear();
   int grams = 0;
   for (int i = 0; i < found.tokens.count(); ++i) {
@@ -314,14 +333,25 @@ void Guesses::weigh(const Found& found, Candidates& candidates) const {
     const int source = found.sources[i], known = candidates.tokens.count();
     if (source == kNgram) grams = known + 1;
     int same = source == kNgram ? -1 : candidates.tokens.find(found.tokens[i], source == kRecycle ? grams : known);
+    const auto own = static_cast<uint8_t>(1 << source);
     if (same < 0) {
       same = candidates.tokens.count();
       candidates.tokens.push(found.tokens[i]);
-    } else if (rate <= candidates.chances[same]) {
-      continue;
+      candidates.every[same] = own;
+      candidates.others[same] = 0;
+    } else {
+      candidates.others[same] += !(candidates.every[same] & own);
+      candidates.every[same] |= own;
+      if (rate <= candidates.chances[same]) continue;
     }
     candidates.chances[same] = rate;
     candidates.sources[same] = found.sources[i];
+  }
+  if (agreement) {
+    for (int i = 0; i < candidates.tokens.count(); ++i) {
+      const double factor = agreement->factor(candidates.sources[i], candidates.others[i]);
+      candidates.chances[i] = std::min(kMostCertain, candidates.chances[i] * factor);
+    }
   }
   // Only one of them can be right: rates that add up to more than certainty contradict each other.
   double sum = 0;
@@ -346,7 +376,7 @@ Grown Guesses::grow(size_t most, double least, const Predictions& predictions, S
   double unlikely = -1;
   const auto offer = [&](int32_t node, double chance, const Tail& tail, size_t depth) {
     find(tail, depth, predictions, found);
-    weigh(found, candidates);
+    weigh(found, candidates, &agreement_);
     for (int i = 0; i < candidates.tokens.count(); ++i) {
       const Offer next{chance * candidates.chances[i], order++, node, candidates.tokens[i], candidates.sources[i]};
       if (next.chance < least) {  // only the likeliest of these can be taken: it is the last one
@@ -531,8 +561,14 @@ void Guesses::observe(const std::vector<int32_t>& emitted, const Predictions& pr
 void Guesses::judge(const std::vector<int32_t>& emitted, const Predictions& predictions) {
   Tail above = tail();
   Found found;
+  Candidates candidates;
   for (size_t depth = 0; depth < emitted.size(); ++depth) {
     find(above, depth, predictions, found);
+    weigh(found, candidates, nullptr);
+    for (int i = 0; i < candidates.tokens.count(); ++i) {
+      agreement_.observe(candidates.sources[i], candidates.others[i], candidates.chances[i],
+                         candidates.tokens[i] == emitted[depth]);
+    }
     bool passed = false, others = false;
     for (int i = 0; i < found.tokens.count(); ++i) {
       const bool hit = found.tokens[i] == emitted[depth];

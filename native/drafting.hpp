@@ -53,6 +53,25 @@ class AcceptanceRates {
   std::vector<double> rates_;  // likewise: what is read at every node lies close together
 };
 
+// How much likelier than its best guess says a token is where other sources guess it too, and how much less likely where
+// none does: counted over one text.
+class Agreement {
+ public:
+  Agreement() { forget(); }
+  void forget();
+  // `others`: how many other sources guess the token.
+  double factor(int source, int others) const { return factors_[at(source, others)]; }
+  void observe(int source, int others, double chance, bool hit);
+
+ private:
+  static constexpr int kMostOthers = 2;
+  static constexpr double kPrior = 5, kMemory = 300;
+  static size_t at(int source, int others) {
+    return static_cast<size_t>(source * (kMostOthers + 1) + std::min(others, kMostOthers));
+  }
+  std::array<double, kSources*(kMostOthers + 1)> hits_, expected_, factors_;
+};
+
 // A few tokens, which are looked for in many: all are compared at once, since where a search ends can't be foreseen.
 template <size_t kMost>
 class FewTokens {
@@ -221,7 +240,8 @@ class Guesses {
   struct Candidates {
     FewTokens<kMostFound> tokens;
     std::array<double, kMostFound> chances;
-    std::array<uint8_t, kMostFound> sources;
+    std::array<uint8_t, kMostFound> sources, others;  // that of the guess, and how many more guess the token
+    std::array<uint8_t, kMostFound> every;            // a bit for each of them
   };
   struct Tail {
     std::array<int32_t, kMostTail> tokens;
@@ -231,12 +251,14 @@ class Guesses {
 
   Tail tail() const;
   void find(const Tail& tail, size_t depth, const Predictions& predictions, Found& found) const;
-  void weigh(const Found& found, Candidates& candidates) const;
+  // `agreement`: what to correct chances by; null: nothing.
+  void weigh(const Found& found, Candidates& candidates, const Agreement* agreement) const;
   void judge(const std::vector<int32_t>& emitted, const Predictions& predictions);
   void remember(int32_t before, int32_t token, const int32_t* successors, size_t count);
   static int32_t* store(FlatTable& table, uint64_t key, const int32_t* successors, size_t count);
 
   AcceptanceRates& rates_;
+  Agreement agreement_;
   int longest_;
   size_t pairs_;
   std::vector<int32_t> tokens_;

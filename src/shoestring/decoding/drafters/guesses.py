@@ -1,7 +1,8 @@
 """Guesses at the next token, and the trie they grow best-first: the plain twin of `native/drafting.cpp`.
 
 Every source guesses the next token of every node; how often each kind of guess (source, match length, rank) came true
-is counted while decoding. A node's chance is the product of its tokens' chances along the path.
+is counted while decoding, and how much more a token deserves that several sources guess. A node's chance is the product of
+its tokens' chances along the path.
 """
 
 import functools
@@ -18,7 +19,7 @@ import numpy as np
 from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.ngram import SuffixIndex
 from shoestring.decoding.drafters.protocol import ROOT
-from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Guess, drafting_part
+from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Agreement, Guess, drafting_part
 from shoestring.decoding.drafters.recycle import SuccessorTable
 from shoestring.decoding.tune import TAUGHT, best_rows
 from shoestring.engine.tokentree import NO_TOKEN
@@ -240,6 +241,20 @@ class _Speed:
             self._fastest = max(self._fastest, self._expected / self._seconds[self._rows])
 
 
+@dataclass
+class _Candidate:
+    """A token that is guessed: its chance by its most promising guess, whose that is, and all sources that guess it."""
+
+    chance: float
+    source: str
+    every: set[str]
+
+    @property
+    def others(self) -> int:
+        """How many more sources guess it."""
+        return len(self.every) - 1
+
+
 class PlainGuesses:
     """Suffix matches, recycled successors, PaSS's predictions and a datastore's, of one sequence.
 
@@ -264,6 +279,7 @@ class PlainGuesses:
 
     def forget(self) -> None:
         """Begin another sequence."""
+        self._agreement = Agreement()
         self._tokens: list[int] = []
         self._index = SuffixIndex(self._longest)
         self._table = SuccessorTable(_PAIRS)
@@ -291,9 +307,10 @@ class PlainGuesses:
 
         def offer(node: int, chance: float, tail: tuple[int, ...]) -> None:
             nonlocal order
-            for token, (its_chance, source) in self._weighed(tail, depths[node], predictions).items():
+            candidates = self._weighed(tail, depths[node], predictions, self._agreement)
+            for token, one in candidates.items():
                 below = (*tail[1 - self._longest :], token)
-                heapq.heappush(heap, (-(chance * its_chance), order, node, token, source, below))
+                heapq.heappush(heap, (-(chance * one.chance), order, node, token, one.source, below))
                 order += 1
 
         if most > 0 and self._tokens:
@@ -367,6 +384,8 @@ class PlainGuesses:
         start = len(text) - len(emitted)
         for depth, token in enumerate(emitted):
             tail = tuple(text[max(0, start + depth - self._longest) : start + depth])
+            for guessed, one in self._weighed(tail, depth, predictions, None).items():
+                self._agreement.observe(one.chance, one.source, one.others, guessed == token)
             right = set()
             for guessed, guess in list(self._found(tail, depth, predictions)):
                 self._rates.observe(guess, guessed == token)
@@ -378,19 +397,32 @@ class PlainGuesses:
             self._rates.observe(("only pass", depth + 1, 0), False)
 
     def _weighed(
-        self, tail: tuple[int, ...], depth: int, predictions: Predictions
-    ) -> dict[int, tuple[float, str]]:
-        """Each guessed next token: its chance, by its most promising guess, and that guess's source."""
-        weighed: dict[int, tuple[float, str]] = {}
+        self,
+        tail: tuple[int, ...],
+        depth: int,
+        predictions: Predictions,
+        agreement: Agreement | None,
+    ) -> "dict[int, _Candidate]":
+        """Each guessed next token, by its most promising guess; `agreement`: what its chance is corrected by."""
+        weighed: dict[int, _Candidate] = {}
         for token, guess in self._found(tail, depth, predictions):
-            rate = self._rates.rate(guess)
-            if token not in weighed or rate > weighed[token][0]:
-                weighed[token] = rate, guess[0]
+            rate, source = self._rates.rate(guess), guess[0]
+            known = weighed.get(token)
+            if known is None:
+                weighed[token] = _Candidate(rate, source, {source})
+                continue
+            known.every.add(source)
+            if rate > known.chance:
+                known.chance, known.source = rate, source
+        if agreement is not None:
+            for one in weighed.values():
+                one.chance = agreement.corrected(one.chance, one.source, one.others)
         # Only one of them can be right: rates that add up to more than certainty contradict each other.
         # Added up in order, as the native guesses do: `sum` rounds otherwise from Python 3.12 on.
-        total = functools.reduce(operator.add, (chance for chance, _ in weighed.values()), 0.0)
+        total = functools.reduce(operator.add, (one.chance for one in weighed.values()), 0.0)
         if total > 1:
-            weighed = {token: (chance / total, source) for token, (chance, source) in weighed.items()}
+            for one in weighed.values():
+                one.chance /= total
         return weighed
 
     def _found(

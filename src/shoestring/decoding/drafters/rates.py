@@ -6,7 +6,7 @@ from typing import Any
 
 from shoestring.engine.native_part import native_part
 
-__all__ = ["SOURCES", "AcceptanceRates", "Guess", "drafting_part"]
+__all__ = ["SOURCES", "AcceptanceRates", "Agreement", "Guess", "drafting_part"]
 
 Guess = tuple[str, int, int]
 """A kind of guess: source, length of the context that it matched (PaSS: position), rank among that source's guesses.
@@ -16,6 +16,8 @@ context gave some too, 3 more.
 """
 
 SOURCES = ("ngram", "recycle", "pass", "only pass", "datastore")
+
+_MOST_CERTAIN = 0.97  # a chance that sources which agree make it
 
 # By length, from 0. "only pass": a token that PaSS alone foresaw, whether or not the tokens before it were drafted.
 _FIRST = MappingProxyType(
@@ -75,6 +77,33 @@ class AcceptanceRates:
             keep = 1 - 1 / self._MEMORY
             hits, trials = hits * keep, trials * keep
         self._counts[guess] = (hits + hit, trials + 1)
+
+
+class Agreement:
+    """How much likelier than its best guess says a token is where other sources guess it too; less likely where none does.
+
+    Counted over one text; the native guesses count by themselves.
+    """
+
+    _PRIOR, _MEMORY, _MOST_OTHERS = 5.0, 300.0, 2
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, int], tuple[float, float]] = {}
+
+    def corrected(self, chance: float, source: str, others: int) -> float:
+        """The chance of a token whose best guess is a source's, where so many others guess it too."""
+        hits, expected = self._of(source, others)
+        return min(_MOST_CERTAIN, chance * (hits / expected))
+
+    def observe(self, chance: float, source: str, others: int, hit: bool) -> None:
+        """Count a token that was put to the test."""
+        hits, expected = self._of(source, others)
+        if expected >= self._MEMORY:
+            hits, expected = hits * 0.5, expected * 0.5
+        self._counts[source, min(others, self._MOST_OTHERS)] = hits + hit, expected + chance
+
+    def _of(self, source: str, others: int) -> tuple[float, float]:
+        return self._counts.get((source, min(others, self._MOST_OTHERS)), (self._PRIOR, self._PRIOR))
 
 
 def _prior(guess: Guess) -> float:
