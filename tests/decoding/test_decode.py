@@ -344,9 +344,9 @@ def test_governors_learn_whether_a_steps_time_says_anything(answer, monkeypatch)
             super().__init__(first=1)
             self.steps = []
 
-        def ends(self, tokens, rows=None, expected=None, told=1, counts=True):
+        def ends(self, tokens, rows=None, expected=None, told=1, counts=True, later=False):
             self.steps.append((tokens, rows, told, counts))
-            super().ends(tokens, rows, expected, told, counts)
+            super().ends(tokens, rows, expected, told, counts, later)
 
     governor, runner = Told(), Compiling(ADMITTED["llama"].build())
     drafters = [Oracle(answer), Oracle(answer)]

@@ -350,3 +350,22 @@ def test_row_counts_without_a_time_take_the_nearest_ones_correction():
     assert step(2.0, 1) == (2.0,) * 5, "only a plain step is known"
     assert step(6.0, 13) == (2.0, 2.0, 2.0, 6.0, 6.0), "four rows are as near to one as to sixteen: as one"
     assert step(4.0, 3) == (2.0, 4.0, 4.0, 6.0, 6.0), "three rows are as near to two as to four: two's"
+
+
+def test_a_step_may_be_judged_while_the_next_one_runs():
+    clock = Clock()
+    governor = Governor(clock=clock)
+    cost = StepCost((1, 8), (2.0, 2.0))
+    governor.calibrate(cost)
+    drafted = []
+    for _ in range(100):
+        drafted.append(governor.drafts())
+        clock.now += 0.25
+        governor.judge()  # of the step before
+        clock.now += 1.25 if drafted[-1] else 0.75
+        governor.ends(1, 8 if drafted[-1] else 1, later=True)
+        if len(drafted) == 18:
+            assert governor.calibrate(cost).of(8) == pytest.approx(1.5, rel=0.1), "the steps' own time, whole"
+    assert governor.calibrate(cost).of(1) == pytest.approx(1.0, rel=0.1)
+    assert drafted[:6] == [False] * 5 + [True], "a step later than where each is judged at its end"
+    assert sum(drafted) == 14, "likewise"

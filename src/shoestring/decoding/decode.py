@@ -138,6 +138,8 @@ def decode(runner: Runner, requests: Iterable[Request], slots: int = 8) -> Gener
                 yield from _given_out(landed)  # they came before what failed
                 raise
             yield from _given_out(landed)
+            for governor in flight.judged:
+                governor.judge()  # of the step before, while this one runs
             landed = _land(runner, active, flight)
             for one in landed:
                 if one.reason:
@@ -278,12 +280,13 @@ def _land(runner: Runner, active: list[_Sequence], flight: _Flight) -> list[_Lan
             verdict.expected += len(emitted) if draft.expected is None else draft.expected
     for drafter, observation in observations:
         drafter.observe(observation)
+    later = runner.asynchronous
     for governor, verdict in flight.judged.items():  # now: what observing took is the drafts' time, too
         counts = flight.settled and verdict.asked == len(active)
         if verdict.drafts:
-            governor.ends(verdict.tokens, verdict.rows, verdict.expected, verdict.told, counts)
+            governor.ends(verdict.tokens, verdict.rows, verdict.expected, verdict.told, counts, later)
         else:
-            governor.ends(verdict.asked, told=verdict.asked, counts=counts)
+            governor.ends(verdict.asked, told=verdict.asked, counts=counts, later=later)
     runner.commit(paths)
     return landed
 

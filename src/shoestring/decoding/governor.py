@@ -44,6 +44,19 @@ class _Times:
     drafting: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
 
+@dataclass(slots=True)
+class _Over:
+    """A step that is over, and not judged yet."""
+
+    seconds: float
+    drafted: bool
+    sequences: int
+    told: int
+    tokens: float
+    rows: int
+    expected: float
+
+
 @dataclass
 class _Account:
     """What drafts of about so many sequences have won."""
@@ -93,7 +106,7 @@ class Governor:
         grace: float = 18.0,
         savings: float = 100.0,
         first: int = 4,
-        refresh: int = 64,
+        refresh: int = 128,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._limit, self._allowance, self._credit = limit, allowance, credit
@@ -113,10 +126,8 @@ class Governor:
         # By measured row count, the nearest one that has a correction.
         self._nearest: list[int] = []
         self._began: float | None = None  # the step that is under way
-        self._ended = 0.0
-        self._drafted, self._counts, self._sequences = False, True, 1
-        self._told = self._tokens = self._rows = 0
-        self._expected = 0.0
+        self._drafted, self._sequences = False, 1
+        self._over: _Over | None = None
         self._accounts: dict[int, _Account] = {}
         self._times: dict[int, _Times] = {}
 
@@ -140,7 +151,7 @@ class Governor:
 
     def begins(self) -> None:
         """A text begins: it may repeat itself where the last one did not. Of many texts one more says little."""
-        self._finish()
+        self.judge()
         self._began = None  # what passed since the last step is no step's time
         self._unwatched = 0
         for about, account in self._accounts.items():
@@ -154,13 +165,14 @@ class Governor:
             self._unwatched, self._passed = self._unwatched - 1, self._passed + 1
             self._watches = False
             return False
-        self._finish()
-        self._watches, self._unwatched = True, 0
-        self._began, self._sequences, self._told = self._clock(), sequences, 0
+        if self._passed:
+            self._rest(self._account(self._sequences), self._passed)
+        self._watches, self._unwatched, self._passed = True, 0, 0
+        self._began, self._sequences = self._clock(), sequences
         times = self._times.get(sequences)
         if times is None:
             times = self._times[sequences] = _Times()
-        account = self._account
+        account = self._account(sequences)
         self._drafted = account.resting <= 0 and bool(times.plain)
         if account.resting > _WATCHED:
             self._unwatched = _WATCHED - 1
@@ -173,6 +185,7 @@ class Governor:
         expected: float | None = None,
         told: int = 1,
         counts: bool = True,
+        later: bool = False,
     ) -> None:
         """The step that began last is over.
 
@@ -182,46 +195,54 @@ class Governor:
             expected: the tokens that their drafters foresaw, where they have an idea.
             told: how many sequences they are.
             counts: False where others' steps do not compare: it also read a prompt, or something was compiled for it.
+            later: it is judged when the caller says so, who has time while the next one runs.
         """
         if not self._watches:
             return
-        self._ended = self._clock()
-        self._told, self._tokens, self._rows = told, tokens, told if rows is None else rows
-        self._expected, self._counts = tokens if expected is None else expected, counts
+        self.judge()
+        if self._began is not None and told and counts:
+            self._over = _Over(
+                self._clock() - self._began, self._drafted, self._sequences, told, tokens,
+                told if rows is None else rows, tokens if expected is None else expected,
+            )  # fmt: skip
+        if not later:
+            self.judge()
 
-    @property
-    def _account(self) -> _Account:
+    def _account(self, sequences: int) -> _Account:
         """That of about as many sequences; one plain step begins it, and more where nothing has run yet."""
-        about = (self._sequences - 1).bit_length()
+        about = (sequences - 1).bit_length()
         account = self._accounts.get(about)
         if account is None:
             first = 1 if self._accounts else self._first
-            account = self._accounts[about] = _Account(first, self._grace / self._sequences)
+            account = self._accounts[about] = _Account(first, self._grace / sequences)
         return account
 
-    def _finish(self) -> None:
-        """Judge the step that is over."""
-        if self._began is None or not self._told or not self._counts:
+    def judge(self) -> None:
+        """Judge the last step that is over, if that has not been done; what steps cost is known anew then."""
+        over, self._over = self._over, None
+        if over is None:
             return
-        seconds, account = self._ended - self._began, self._account
-        times = self._times[self._sequences]
-        if not self._drafted:
+        self._judge(over)
+        if self._stale and self._measured is not None:
+            self.calibrate(self._measured).table(0, over.sequences)  # which planning asks for
+
+    def _judge(self, over: _Over) -> None:
+        seconds, account = over.seconds, self._account(over.sequences)
+        times = self._times[over.sequences]
+        if not over.drafted:
             # The first one after drafts switches graphs and gives out their tokens: it is no plain step's time.
             if not self._drafted_before or not times.plain:
                 times.plain.append(seconds)
             self._drafted_before = False
-            passed, self._passed = 1 + self._passed, 0
-            self._uncorrected += passed
-            if account.resting <= passed or self._uncorrected >= _CORRECTED_AFTER:
-                self._correct(self._rows, _median(times.plain))
+            account.since_plain = 0
+            self._rest(account, 1)
+            if account.resting <= 0 or self._uncorrected >= _CORRECTED_AFTER:
+                self._correct(over, _median(times.plain))
                 self._uncorrected = 0
-            account.resting, account.since_plain = account.resting - passed, 0
-            if account.saved < 0:
-                account.saved = min(0.0, account.saved + passed * self._allowance)
             return
         self._drafted_before = True
-        if self._rows > self._told:
-            self._correct(self._rows, seconds)
+        if over.rows > over.told:
+            self._correct(over, seconds)
         account.since_plain += 1
         if account.since_plain >= self._refresh:
             account.resting = 2
@@ -231,11 +252,11 @@ class Governor:
         times.drafting.append(seconds)
         # Drafts differ in rows, so that their median would hide what the wide ones take.
         took = min(seconds, _OUTLIER * _median(times.drafting))
-        share = self._expected / self._told * account.promise(self._tokens, self._expected)
-        won = share / (1 + _LAGGING * (self._sequences - 1)) - took / plain
-        limit, credit = self._limit / self._sequences, self._credit / self._sequences
+        share = over.expected / over.told * account.promise(over.tokens, over.expected)
+        won = share / (1 + _LAGGING * (over.sequences - 1)) - took / plain
+        limit, credit = self._limit / over.sequences, self._credit / over.sequences
         account.balance = min(credit, account.balance + won)
-        account.saved = min(self._savings / self._sequences, account.saved + won)
+        account.saved = min(self._savings / over.sequences, account.saved + won)
         if account.balance >= credit / 2:
             account.patience = 1
         if account.balance < -limit:
@@ -243,9 +264,16 @@ class Governor:
             account.patience = min(2 * account.patience, _MOST_PATIENCE)
             account.balance = 0.0
 
-    def _correct(self, rows: int, seconds: float) -> None:
-        """Let the time of a step of `rows` rows correct the measured cost."""
-        measured = self._measured
+    def _rest(self, account: _Account, steps: int) -> None:
+        """So many plain steps have been taken."""
+        account.resting -= steps
+        self._uncorrected += steps
+        if account.saved < 0:
+            account.saved = min(0.0, account.saved + steps * self._allowance)
+
+    def _correct(self, over: _Over, seconds: float) -> None:
+        """Let the time of a step of so many rows correct the measured cost."""
+        measured, rows = self._measured, over.rows
         if measured is None:
             return
         if measured.stairs:
@@ -253,7 +281,7 @@ class Governor:
         else:
             nearest = _nearest(measured.rows, rows)
         factor, known = seconds / measured.of(rows), self._corrections[nearest]
-        if not self._drafted:
+        if not over.drafted:
             # What a plain step takes is a median already; other corrections fade towards its own.
             faded = 1 - (1 - _FADING) ** self._uncorrected
             self._corrections = [
