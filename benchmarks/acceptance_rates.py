@@ -46,8 +46,13 @@ def main() -> None:
     trials: Counter[Guess] = Counter()
     for name in SETS:
         for prompt in tuning_prompts(name):
-            counted, known = CountedRates(hits, trials), model.successors()
-            drafter = MergedDrafter(model.step_cost(), options.budget, rates=counted, known=known)
+            drafter = MergedDrafter(
+                model.step_cost(),
+                options.budget,
+                rates=CountedRates(hits, trials),
+                known=model.successors(),
+                datastore=model.datastore(),
+            )
             model.generate(chat(prompt), decoding=drafter, max_new_tokens=options.max_new_tokens)
     rates: list[dict[str, Any]] = [
         {
