@@ -509,7 +509,9 @@ std::vector<int32_t> Drafted::tokens_of(const std::vector<int32_t>& rows) const 
 }
 
 bool Drafted::fits(int32_t vocabulary) const {
-  return std::all_of(tokens.begin(), tokens.end(), [vocabulary](int32_t token) { return token >= -1 && token < vocabulary; });
+  auto nodes = tokens.end();
+  for (const auto& chain : chains) nodes -= chain.second;
+  return std::all_of(tokens.begin(), nodes, [vocabulary](int32_t token) { return token >= 0 && token < vocabulary; });
 }
 
 Walk walk(const Drafted& drafted, const int32_t* next, size_t count) {

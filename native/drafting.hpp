@@ -141,7 +141,7 @@ struct Drafted {
   std::pair<int32_t, int32_t> chain(int32_t node) const;
   // The tokens of rows of the step, 0 the last token's.
   std::vector<int32_t> tokens_of(const std::vector<int32_t>& rows) const;
-  // Whether each row has a token of such a vocabulary, or none.
+  // Whether each node has a token of such a vocabulary; look-ahead rows have none.
   bool fits(int32_t vocabulary) const;
 };
 

@@ -36,34 +36,39 @@ class Datastore:
         return drafting_part().Datastore(self._array, self._longest)
 
     @cached_property
-    def _tokens(self) -> list[int]:
-        return self._array.tolist()
+    def _order(self) -> np.ndarray:
+        """Positions by the tokens before them, the nearest first: int64 [N]."""
+        positions = np.arange(_LEAST_LENGTH, len(self._array))
+        # The last key is the first one to go by; equals stay in the order of their positions.
+        order = np.lexsort([self._before(positions, back) for back in range(self._longest, 0, -1)])
+        return positions[order]
 
-    @cached_property
-    def _order(self) -> list[tuple[tuple[int, ...], int]]:
-        """Positions by the tokens before them, the nearest first."""
-        tokens, longest = self._tokens, self._longest
-        return sorted(
-            (tuple(tokens[max(0, position - longest) : position][::-1]), position)
-            for position in range(_LEAST_LENGTH, len(tokens))
-        )
+    def _before(self, positions: np.ndarray, back: int) -> np.ndarray:
+        """The tokens that stand so far before positions; -1 before the first one."""
+        return np.where(positions >= back, self._array[np.maximum(positions - back, 0)], -1)
 
     def after(self, tail: Sequence[int]) -> tuple[int, list[int]]:
         """The length of the longest suffix of `tail` that is found, and what follows it, most frequent first.
 
         Of many places that follow it a few are looked at, evenly spread. (0, []): not even two tokens are found.
         """
-        tail, order = [*tail][-self._longest :], self._order
-        found = range(0)
-        length = 0
-        for longer in range(_LEAST_LENGTH, len(tail) + 1):
-            suffix = tuple(tail[-longer:][::-1])
-            low = bisect_left(order, suffix, key=lambda entry: entry[0][: len(suffix)])
-            high = bisect_right(order, suffix, lo=low, key=lambda entry: entry[0][: len(suffix)])
+        array, order = self._array, self._order
+        found, length = range(len(order)), 0
+        for longer in range(1, min(len(tail), self._longest) + 1):
+            token = tail[-longer]
+
+            def before(place: int, back: int = longer) -> int:
+                position = order.item(place)
+                return array.item(position - back) if position >= back else -1
+
+            low = bisect_left(range(len(order)), token, found.start, found.stop, key=before)
+            high = bisect_right(range(len(order)), token, low, found.stop, key=before)
             if low == high:
                 break
             found, length = range(low, high), longer
+        if length < _LEAST_LENGTH:
+            return 0, []
         looked_at = min(len(found), _MOST_TOKENS)
         places = (found[index * len(found) // looked_at] for index in range(looked_at))
-        counts = Counter(self._tokens[order[place][1]] for place in places)
+        counts = Counter(array.item(order.item(place)) for place in places)
         return length, [token for token, _ in counts.most_common()]

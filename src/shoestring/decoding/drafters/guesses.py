@@ -66,7 +66,7 @@ class Drafted(Protocol):
         """The first of the look-ahead rows below a node (or `ROOT`), and how many they are."""
 
     def fits(self, vocabulary: int) -> bool:
-        """Whether all tokens are of such a vocabulary."""
+        """Whether the nodes' tokens are all of such a vocabulary."""
 
     def __len__(self) -> int: ...
 
@@ -91,8 +91,9 @@ class PlainDrafted:
         return row, 0
 
     def fits(self, vocabulary: int) -> bool:
-        """Whether all tokens are of such a vocabulary."""
-        return all(NO_TOKEN <= token < vocabulary for token in self.tokens)
+        """Whether the nodes' tokens are all of such a vocabulary."""
+        nodes = len(self) - sum(count for _, count in self.chains)
+        return all(0 <= token < vocabulary for token in self.tokens[:nodes])
 
     def __len__(self) -> int:
         return len(self.tokens)

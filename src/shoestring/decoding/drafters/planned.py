@@ -17,7 +17,7 @@ from shoestring.engine.tokentree import NativeTree, TokenTree
 __all__ = ["PlannedDraft"]
 
 _OWNERS = [*([source] for source in SOURCES), ["look-ahead"]]
-_NO_ROWS: set[int] = set()
+_NO_ROWS: set[int] = set()  # nobody changes it
 
 
 class PlannedDraft(Draft):
@@ -32,7 +32,7 @@ class PlannedDraft(Draft):
     def __init__(self, planned: Drafted, vectors: Sequence[Tensor], top_k: int) -> None:
         self.planned, self.vectors, self.top_k = planned, vectors, top_k
         self.expected = planned.expected
-        self.wanted, self.read_only = None, _NO_ROWS
+        self.wanted, self.read_only, self._children = None, _NO_ROWS, {}
 
     @cached_property
     def tokens(self) -> list[int]:  # type: ignore[override]
