@@ -30,7 +30,7 @@ def exactness(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> str:
 
 
 def tokens_per_step() -> str:
-    """Tokens per step of each strategy on MT-Bench, fp32, as measured last; not of `auto`, which rests by the clock."""
+    """Tokens per step of each strategy on MT-Bench, fp32, as measured last; of `auto` where a budget keeps it from resting."""
     wide = [one for one in load_results("exactness") if one[1]["dtype"] == "float32"]
     if not wide:
         return ""
@@ -38,7 +38,7 @@ def tokens_per_step() -> str:
     rows = [
         [f"`{strategy}`", f"{total['tokens_per_step']:.2f}"]
         for strategy, total in result["greedy"].items()
-        if strategy != "transformers" and not strategy.startswith("auto")
+        if strategy not in ("transformers", "auto")
     ]
     return (
         f"{result['model']}, {result['dtype']}, greedy, MT-Bench, commit {result['commit']} "

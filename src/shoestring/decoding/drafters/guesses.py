@@ -18,13 +18,14 @@ import numpy as np
 
 from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.ngram import SuffixIndex
+from shoestring.decoding.drafters.planned import Drafted, Nodes, PlainDrafted
 from shoestring.decoding.drafters.protocol import ROOT
 from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Agreement, Guess, drafting_part
 from shoestring.decoding.drafters.recycle import SuccessorTable
 from shoestring.decoding.tune import TAUGHT, best_rows
 from shoestring.engine.tokentree import NO_TOKEN
 
-__all__ = ["Drafted", "Guesses", "PlainDrafted", "PlainGuesses", "make_guesses", "plan_rows"]
+__all__ = ["Guesses", "PlainGuesses", "make_guesses", "plan_rows"]
 
 _MOST_RANK = 32  # of a source's guesses
 _PAIRS = 200_000
@@ -34,81 +35,6 @@ Predictions = Sequence[Sequence[int]]
 """Per position after the last token, tokens that may stand there, best first (PaSS)."""
 Grown = tuple[list[int], list[int], list[int], list[float]]
 """Nodes in the order in which they were taken: tokens, parents, sources (an index of `SOURCES`), chances."""
-
-
-class Drafted(Protocol):
-    """A step's rows below the last token's, as they were planned: nodes, then look-ahead rows.
-
-    A look-ahead row's token is `NO_TOKEN`, and its source `len(SOURCES)`. They stand in the order of `chains`.
-    """
-
-    @property
-    def tokens(self) -> list[int]:
-        """Of each row."""
-
-    @property
-    def parents(self) -> list[int]:
-        """Each row's: a row before it, or `ROOT`."""
-
-    @property
-    def sources(self) -> list[int]:
-        """Of each row, an index of `SOURCES`."""
-
-    @property
-    def chains(self) -> list[tuple[int, int]]:
-        """(node or `ROOT`, look-ahead rows below it)."""
-
-    @property
-    def expected(self) -> float:
-        """The tokens that the step is expected to give."""
-
-    def chain(self, node: int) -> tuple[int, int]:
-        """The first of the look-ahead rows below a node (or `ROOT`), and how many they are."""
-
-    def fits(self, vocabulary: int) -> bool:
-        """Whether the nodes' tokens are all of such a vocabulary."""
-
-    def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class PlainDrafted:
-    """The plain guesses' `Drafted`."""
-
-    tokens: list[int]
-    parents: list[int]
-    sources: list[int]
-    chains: list[tuple[int, int]]
-    expected: float
-
-    def chain(self, node: int) -> tuple[int, int]:
-        """The first of the look-ahead rows below a node (or `ROOT`), and how many they are."""
-        row = len(self)
-        for below, count in reversed(self.chains):
-            row -= count
-            if below == node:
-                return row, count
-        return row, 0
-
-    def fits(self, vocabulary: int) -> bool:
-        """Whether the nodes' tokens are all of such a vocabulary."""
-        nodes = len(self) - sum(count for _, count in self.chains)
-        return all(0 <= token < vocabulary for token in self.tokens[:nodes])
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-class Nodes(Protocol):
-    """Rows below the last token's: a `Draft`, or a `Drafted`."""
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """`NO_TOKEN` for look-ahead rows."""
-
-    @property
-    def parents(self) -> Sequence[int]:
-        """Each row's: a row before it, or `ROOT`."""
 
 
 class Guesses(Protocol):

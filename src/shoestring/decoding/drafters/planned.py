@@ -5,19 +5,95 @@ and is laid out without them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from torch import Tensor
 
-from shoestring.decoding.drafters.guesses import Drafted, PlainDrafted
 from shoestring.decoding.drafters.protocol import Draft
 from shoestring.decoding.drafters.rates import SOURCES
 from shoestring.engine.tokentree import NativeTree, TokenTree
 
-__all__ = ["PlannedDraft"]
+__all__ = ["Drafted", "Nodes", "PlainDrafted", "PlannedDraft"]
 
 _OWNERS = [*([source] for source in SOURCES), ["look-ahead"]]
 _NO_ROWS: set[int] = set()  # nobody changes it
+
+
+class Drafted(Protocol):
+    """A step's rows below the last token's, as they were planned: nodes, then look-ahead rows.
+
+    A look-ahead row's token is `NO_TOKEN`, and its source `len(SOURCES)`. They stand in the order of `chains`.
+    """
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of each row."""
+
+    @property
+    def parents(self) -> list[int]:
+        """Each row's: a row before it, or `ROOT`."""
+
+    @property
+    def sources(self) -> list[int]:
+        """Of each row, an index of `SOURCES`."""
+
+    @property
+    def chains(self) -> list[tuple[int, int]]:
+        """(node or `ROOT`, look-ahead rows below it)."""
+
+    @property
+    def expected(self) -> float:
+        """The tokens that the step is expected to give."""
+
+    def chain(self, node: int) -> tuple[int, int]:
+        """The first of the look-ahead rows below a node (or `ROOT`), and how many they are."""
+
+    def fits(self, vocabulary: int) -> bool:
+        """Whether the nodes' tokens are all of such a vocabulary."""
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class PlainDrafted:
+    """The plain guesses' `Drafted`."""
+
+    tokens: list[int]
+    parents: list[int]
+    sources: list[int]
+    chains: list[tuple[int, int]]
+    expected: float
+
+    def chain(self, node: int) -> tuple[int, int]:
+        """The first of the look-ahead rows below a node (or `ROOT`), and how many they are."""
+        row = len(self)
+        for below, count in reversed(self.chains):
+            row -= count
+            if below == node:
+                return row, count
+        return row, 0
+
+    def fits(self, vocabulary: int) -> bool:
+        """Whether the nodes' tokens are all of such a vocabulary."""
+        nodes = len(self) - sum(count for _, count in self.chains)
+        return all(0 <= token < vocabulary for token in self.tokens[:nodes])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Nodes(Protocol):
+    """Rows below the last token's: a `Draft`, or a `Drafted`."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """`NO_TOKEN` for look-ahead rows."""
+
+    @property
+    def parents(self) -> Sequence[int]:
+        """Each row's: a row before it, or `ROOT`."""
 
 
 class PlannedDraft(Draft):
