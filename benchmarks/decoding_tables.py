@@ -30,7 +30,7 @@ def exactness(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> str:
 
 
 def tokens_per_step() -> str:
-    """Tokens per step of each strategy on MT-Bench, fp32, as measured last; of `auto` with a budget, where it never rests."""
+    """Tokens per step of each strategy on MT-Bench, fp32, as measured last; of `auto` with a budget, which never rests."""
     wide = [one for one in load_results("exactness") if one[1]["dtype"] == "float32"]
     if not wide:
         return ""
