@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import ADMITTED, VOCABULARY
 from comparing import (
+    FLAT_COST,
     GREEDY,
     SAMPLED,
     STRATEGIES,
@@ -19,18 +20,21 @@ from comparing import (
     request,
     run,
     runner_of,
+    untrained,
 )
 from driving import assert_driven_alike, assert_embeddings_and_masks_alike, random_tree
 
 from shoestring.decoding.decode import decode
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
+from shoestring.decoding.drafters.merged import MergedDrafter
+from shoestring.decoding.drafters.rates import drafting_part
 from shoestring.engine.cuda.graphs import BucketStep
 from shoestring.engine.cuda.loading import runner_of_module
 from shoestring.engine.cuda.runner import CudaRunner
 from shoestring.engine.native_weights import named_weights
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
-from shoestring.engine.tokentree import TokenTree
+from shoestring.engine.tokentree import NativeTree, TokenTree
 from shoestring.errors import RequestError, UnsupportedModelError
 from shoestring.quantization import pack, unpack, weight_type_for
 
@@ -93,6 +97,29 @@ def test_greedy_and_sampled_sequences_share_steps():
     for prompt, sampling, tokens in zip(prompts, options, run(runner, requests), strict=True):
         assert len(tokens) == most
         assert_plain(plain, prompt, tokens, sampling)
+
+
+@pytest.mark.skipif(drafting_part() is None, reason="the native part is not installed")
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "filtered"])
+def test_native_drafts_are_stepped_and_verified_without_lists(sampling, monkeypatch):
+    """Look-ahead rows among them; under filters tokens are drawn one by one, and lists are made."""
+    trees, step = [], CudaRunner.step
+    monkeypatch.setattr(
+        CudaRunner, "step", lambda self, *given: trees.extend(given[0].values()) or step(self, *given)
+    )
+    runner, plain = fused("qwen3"), plain_model("qwen3")
+    prompts = [prompt_of(6) * 2, prompt_of(7, seed=1)]
+    requests = [
+        request(prompt, MergedDrafter(FLAT_COST, budget=7, look_ahead=untrained()), sampling, most=6)
+        for prompt in prompts
+    ]
+    for prompt, tokens in zip(prompts, run(runner, requests), strict=True):
+        assert_plain(plain, prompt, tokens, sampling)
+    native = [tree for tree in trees if isinstance(tree, NativeTree)]
+    assert len(native) >= 6
+    assert any(tree.draft.chains for tree in native)
+    listed = ["tokens" in vars(tree) or "parents" in vars(tree) for tree in native]
+    assert not any(listed) or sampling is not GREEDY
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "filtered"])
