@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "drafting.hpp"
+#include "drafted.hpp"
 
 namespace shoestring {
 

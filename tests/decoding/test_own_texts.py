@@ -7,7 +7,7 @@ import pytest
 from comparing import GREEDY, generate, plain_model, runner_of
 
 from shoestring.decoding import own_texts
-from shoestring.decoding.own_texts import bundled_texts, remembered_texts, write_texts
+from shoestring.decoding.own_texts import bundled_texts, keep_texts, remembered_texts, write_texts
 from shoestring.engine.hf_runner import HFRunner
 
 OPENING, ENDING = [3, 7], [5, 6]
@@ -148,3 +148,13 @@ def test_bundled_texts_are_the_bundled_models():
     assert 0 <= texts.min() <= texts.max() < 49152
     for name in ("llama", "../texts/smollm2-135m", "", "/etc/passwd"):
         assert bundled_texts(name) is None
+
+
+def test_texts_are_kept_as_they_come_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_texts.resources, "files", lambda package: tmp_path)
+    for name, texts in (("small", [1, 2, 65535]), ("large", [3, 70_000]), ("none", [])):
+        keep_texts(tmp_path / "texts" / f"{name}.npz", np.array(texts, np.int32))
+        found = bundled_texts(name)
+        assert found is not None
+        assert found.dtype == np.int32
+        assert found.tolist() == texts

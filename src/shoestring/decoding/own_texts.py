@@ -116,7 +116,7 @@ def bundled_texts(name: str) -> np.ndarray | None:
 
 
 def keep_texts(path: Path, texts: np.ndarray) -> None:
-    """Write texts as they come with the package: compressed, which halves them."""
+    """Write texts as they come with the package: compressed, to less than half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     smallest = np.uint16 if texts.max(initial=0) < 1 << 16 else np.int32
     np.savez_compressed(path, tokens=texts.astype(smallest))

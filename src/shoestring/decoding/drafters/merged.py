@@ -99,7 +99,7 @@ class MergedDrafter:
         planned = guesses.draft(most, least, self._predictions, seconds, ahead, _LEAST_VALUE)
         draft = PlannedDraft(planned, () if self._ahead is None else self._ahead.vectors, self._top_k)
         if self._ahead is not None:
-            self._ahead.stand(draft)
+            self._ahead.begin(draft)
         return draft
 
     @property

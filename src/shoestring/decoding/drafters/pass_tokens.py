@@ -47,7 +47,7 @@ class LookAheadRows:
         self.predictions, self._chains, self._draft = [], {}, None
 
     def begin(self, draft: Draft) -> None:
-        """Rows are added to another draft from here on."""
+        """Rows are added to another draft from here on, or this one was planned with them."""
         self._chains, self._draft = {}, draft
 
     def add(self, node: int, count: int) -> None:
@@ -59,10 +59,6 @@ class LookAheadRows:
             self._draft.owners[row] = ["look-ahead"]
             chain.append(row)
         self._chains[node] = chain
-
-    def stand(self, draft: PlannedDraft) -> None:
-        """The draft has been planned with look-ahead rows."""
-        self._chains, self._draft = {}, draft
 
     def read(self, step: StepObservation) -> None:
         """Take the predictions of the rows below the token at which the accepted path ended."""
