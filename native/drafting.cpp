@@ -182,7 +182,7 @@ void Datastore::keep(uint64_t key, size_t first, size_t last, int length) {
   }
 }
 
-Datastore::Match Datastore::find(const int32_t* tail, int length, const uint64_t* keys) const {
+Datastore::Match Datastore::find(const int32_t* tail, int length, const GramKeys& keys) const {
   Match match;
   if (length < kLeastLength) return match;
   const int32_t* range = ranges_.find(keys[kLeastLength]);
@@ -281,7 +281,7 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
   for (int length = 1; length <= tail.length; ++length) ends_.prefetch(keys[length]);
   after_pair_.prefetch(pair);
   after_.prefetch(static_cast<uint32_t>(last));
-  if (datastore_) datastore_->prefetch(keys.data(), tail.length);
+  if (datastore_) datastore_->prefetch(keys, tail.length);
   if (is_known) prefetch(known_ + last * known_width_);
   // Where an n-gram ended, shorter ones did too.
   std::array<const int32_t*, kMostTail + 1> ends;
@@ -319,7 +319,7 @@ void Guesses::find(const Tail& tail, size_t depth, const Predictions& prediction
     for (const int32_t token : predictions[depth]) found.push(token, {kPass, static_cast<int>(depth) + 1, rank++});
   }
   if (datastore_) {
-    const Datastore::Match match = datastore_->find(tail.tokens.data(), tail.length, keys.data());
+    const Datastore::Match match = datastore_->find(tail.tokens.data(), tail.length, keys);
     for (int rank = 0; rank < match.count; ++rank) found.push(match.tokens[rank], {kDatastore, match.length, rank});
   }
 }

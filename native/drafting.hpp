@@ -129,6 +129,16 @@ struct Seconds {
   size_t count = 0;
 };
 
+// The keys of a text's last 1, 2, ... tokens, at their lengths; 0: that of none.
+class GramKeys {
+ public:
+  GramKeys(const int32_t* tail, int length);
+  uint64_t operator[](int length) const { return keys_[length]; }
+
+ private:
+  std::array<uint64_t, kMostTail + 1> keys_;
+};
+
 // Texts that the model wrote before, which many sequences share: what followed the longest suffix there. Positions lie
 // sorted by the tokens before them, the nearest first, so that those behind an n-gram are one range.
 class Datastore {
@@ -139,11 +149,11 @@ class Datastore {
     std::array<int32_t, kMostTokens> tokens;  // the most frequent first, of those that lie evenly in the range
   };
   Datastore(const int32_t* tokens, size_t count, int longest);
-  // Ask for what follows a suffix ahead of time, by the keys of its last 1, 2, ... tokens (`GramKeys`).
-  void prefetch(const uint64_t* keys, int length) const {
+  // Ask for what follows a suffix ahead of time, by its keys.
+  void prefetch(const GramKeys& keys, int length) const {
     for (int least = kLeastLength; least <= std::min(length, kPrefetched); ++least) ranges_.prefetch(keys[least]);
   }
-  Match find(const int32_t* tail, int length, const uint64_t* keys) const;
+  Match find(const int32_t* tail, int length, const GramKeys& keys) const;
 
  private:
   // Ranges of so few places are searched through, others have those of the next longer n-grams in the table.
@@ -160,17 +170,6 @@ class Datastore {
   // before its pair lie together, since each look at another place waits for memory.
   std::vector<int32_t> places_;
   FlatTable ranges_{2};  // by n-gram: its range of places
-};
-
-// The keys of a text's last 1, 2, ... tokens, at their lengths; 0: that of none.
-class GramKeys {
- public:
-  GramKeys(const int32_t* tail, int length);
-  const uint64_t* data() const { return keys_.data(); }
-  uint64_t operator[](int length) const { return keys_[length]; }
-
- private:
-  std::array<uint64_t, kMostTail + 1> keys_;
 };
 
 class Guesses {

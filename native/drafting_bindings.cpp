@@ -70,7 +70,7 @@ void bind_drafting(nb::module_& module) {
       .def("after", [](const HeldDatastore& self, const std::vector<int32_t>& tail) {
         const auto length = static_cast<int>(std::min<size_t>(tail.size(), kMostTail));
         const int32_t* const last = tail.data() + tail.size() - length;
-        const Datastore::Match match = self.shared->find(last, length, GramKeys(last, length).data());
+        const Datastore::Match match = self.shared->find(last, length, GramKeys(last, length));
         return nb::make_tuple(match.length,
                               std::vector<int32_t>(match.tokens.begin(), match.tokens.begin() + match.count));
       });
