@@ -1,11 +1,11 @@
 """Speed: tokens/s of every strategy and of transformers' own `generate`, interleaved, in one run, by batch.
 
-Each round decodes other prompts with every contender in turn, `--batch` of a set at once; ratios are taken within a round,
-and the median and range over rounds are reported. transformers is measured with its dynamic and its static cache, the
-latter compiled on a GPU (prompts are then padded to one width, so that it compiles once), and the best counts; gpt-fast,
-where there is a clone of it, at batch 1. Tokens/s are of all sequences of a batch, tokens/step of each; all is told over
-the sets and set by set. On a GPU the steps of all sizes have been captured before (`LanguageModel.warm_up`), which took
-`capture_seconds`.
+Each round decodes other prompts with every contender in turn, `--batch` of a set at once, about `--prompts` of each set
+(a set that has fewer begins again); ratios are taken within a round, and the median and range over rounds are reported.
+transformers is measured with its dynamic and its static cache, the latter compiled on a GPU (prompts are then padded to one
+width, so that it compiles once), and the best counts; gpt-fast, where there is a clone of it, at batch 1. Tokens/s are of
+all sequences of a batch, tokens/step of each; all is told over the sets and set by set. On a GPU the steps of all sizes have
+been captured before (`LanguageModel.warm_up`), which took `capture_seconds`.
 
     python -m benchmarks.speed --dtype bfloat16 --output benchmarks/results/speed.cpu-2threads-avx512_bf16.json
     python -m benchmarks.speed --device cuda --batch 1 2 4 8 --max-new-tokens 128 --gpt-fast ../gpt-fast
@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from functools import cached_property
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def main() -> None:
     contenders = [*([] if options.no_transformers else ["transformers dynamic", static]), *options.decoding]
     batches: dict[str, Any] = {}
     for position, batch in enumerate(options.batch):
-        groups = options.prompts if batch == 1 else 1
-        chosen = {name: held_out_prompts(name, options.rounds * max(batch, options.prompts)) for name in SETS}
+        groups = max(1, options.prompts // batch)
+        count = options.rounds * groups * batch
+        chosen = {name: list(islice(cycle(held_out_prompts(name, count)), count)) for name in SETS}
         left = (options.seconds - (time.perf_counter() - began)) / (len(options.batch) - position)
         mine = contenders + (["gpt-fast"] if options.gpt_fast and batch == 1 else [])
         before = time.perf_counter()
