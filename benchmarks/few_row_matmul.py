@@ -268,7 +268,9 @@ def cases(
 
 def wanted(case: Case, only: str | None) -> list[LaunchConfig]:
     """The candidates, or those of one kernel; where there is no norm to fuse, each once."""
-    found = [one for one in candidates(case.problem) if only in (None, one.kernel)]
+    found = [
+        one for one in candidates(case.problem) if only in (None, one.kernel) or getattr(one, only or "", 0)
+    ]
     if case.normed and case.scaled is None:
         return found
     return [replace(one, fuse_norm=heuristic(case.problem).fuse_norm) for one in found]
@@ -365,7 +367,9 @@ def main() -> None:
     arguments.add_argument("--no-check", action="store_true")
     arguments.add_argument("--tune", action="store_true")
     arguments.add_argument(
-        "--tune-only", metavar="FIELD", help="try only launches with this field, beside what is known"
+        "--tune-only",
+        metavar="NAME",
+        help="try only launches of this kernel or with this field, beside what is known",
     )
     arguments.add_argument("--tune-seconds", type=float, default=200)
     arguments.add_argument("--winners", type=Path, help="where --tune writes (and a plain run reads) winners")

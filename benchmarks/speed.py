@@ -4,8 +4,8 @@ Each round decodes other prompts with every contender in turn, `--batch` of a se
 (a set that has fewer begins again); ratios are taken within a round, and the median and range over rounds are reported.
 transformers is measured with its dynamic and its static cache, the latter compiled on a GPU (prompts are then padded to one
 width, so that it compiles once), and the best counts; gpt-fast, where there is a clone of it, at batch 1. Tokens/s are of
-all sequences of a batch, tokens/step of each; all is told over the sets and set by set. On a GPU the steps of all sizes have
-been captured before (`LanguageModel.warm_up`), which took `capture_seconds`.
+all sequences of a batch, tokens/step of each; all is told over the sets and set by set. On a GPU the steps of all sizes
+have been captured before (`LanguageModel.warm_up`), which took `capture_seconds`.
 
     python -m benchmarks.speed --dtype bfloat16 --output benchmarks/results/speed.cpu-2threads-avx512_bf16.json
     python -m benchmarks.speed --device cuda --batch 1 2 4 8 --max-new-tokens 128 --gpt-fast ../gpt-fast

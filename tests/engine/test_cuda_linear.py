@@ -122,11 +122,23 @@ def test_written_out_weights_and_copied_rows(workspace, quantize, inputs, writte
     assert_near(out, x, *weights, norm=norm, activation="silu")
 
 
-@pytest.mark.parametrize(("inputs", "slices", "fuse_norm"), [(224, 4, True), (256, 2, True), (160, 8, False)])
-def test_all_inputs_at_once(workspace, inputs, slices, fuse_norm):
+@pytest.mark.parametrize(
+    ("inputs", "slices", "block_k", "tail", "fuse_norm"),
+    [
+        (224, 4, 256, 0, True),
+        (256, 2, 256, 0, True),
+        (160, 8, 256, 0, False),
+        (160, 2, 128, 32, True),
+        (192, 4, 128, 64, False),
+        (160, 4, 128, 64, True),
+    ],
+)
+def test_all_inputs_at_once(workspace, inputs, slices, block_k, tail, fuse_norm):
     x, norm = random(18, inputs), RowNorm(random(inputs, seed=1))
     weights = [pack_weight(random(40, inputs, seed=seed)) for seed in (0, 1)]
-    config = LaunchConfig("whole_rows", 16, 256, 16, warps=2, fuse_norm=fuse_norm, slices=slices)
+    config = LaunchConfig(
+        "whole_rows", 16, block_k, 16, warps=2, fuse_norm=fuse_norm, slices=slices, tail=tail
+    )
     residual, bias = random(18, 40, seed=3), random(40, seed=2)
     out = residual.clone()
     extras = {"norm": norm, "bias": bias}
@@ -135,7 +147,7 @@ def test_all_inputs_at_once(workspace, inputs, slices, fuse_norm):
     gated_linear(x, *weights, out, norm=norm, workspace=workspace, config=config)
     assert_near(out, x, *weights, norm=norm, activation="silu")
     for refused, other in (
-        (weights[0], replace(config, block_k=128)),
+        (weights[0], replace(config, block_k=128, tail=0)),
         (pack_weight(random(40, inputs), "int4"), config),
     ):
         with pytest.raises(RequestError, match="dense inputs was chosen for"):
@@ -149,6 +161,10 @@ def test_all_inputs_at_once(workspace, inputs, slices, fuse_norm):
         (replace(FEW, split_k=1), replace(FEW, split_k=1)),
         (FEW, FEW),
         (LaunchConfig("whole_rows", 32, 256, 8, slices=4), LaunchConfig("whole_rows", 16, 128, 16, slices=2)),
+        (
+            LaunchConfig("whole_rows", 32, 128, 8, slices=2, tail=32),
+            LaunchConfig("whole_rows", 16, 64, 16, slices=2, tail=64),
+        ),
         (FEW, replace(FEW, split_k=1, fuse_norm=False, tma=True)),
     ],
 )
@@ -266,11 +282,15 @@ def test_heuristics_are_launchable(kind):
             problem = Problem(outputs, inputs, rows, kind, outputs == 960, compute)
             choices = candidates(problem)
             assert choices[0] == heuristic(problem)
-            assert len(set(choices)) == len(choices) <= 160
+            assert len(set(choices)) == len(choices) <= 180
             for config in choices:
                 assert config.kernel in ("few_rows", "whole_rows") or rows == 1
-                for size in (config.block_n, config.block_k, config.block_m, config.warps):
+                for size in (config.block_n, config.block_k, config.block_m, config.warps, config.tail or 1):
                     assert size & (size - 1) == 0 < size
+                if config.kernel == "whole_rows":
+                    assert config.tail < config.block_k
+                    assert config.tail % 16 == 0
+                    assert inputs <= config.block_k + config.tail
                 assert config.block_k >= (64 if problem.quantised else 16)
                 assert 1 <= config.split_k <= max(1, inputs // config.block_k)
             copied = heuristic(problem, copies=True)

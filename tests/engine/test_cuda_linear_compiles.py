@@ -50,10 +50,10 @@ def check_whole_rows(shape, rows, config):
     assert made.shared <= SHARED_MEMORY
     assert not made.spilled, made.spilled
     before, after = made.ptx.split("griddepcontrol.wait")
-    loads = config.block_n * config.block_k * (2 if gated else 1) // (config.warps * 32 * 8)
+    loads = config.block_n * (config.block_k + config.tail) * (2 if gated else 1) // (config.warps * 32 * 8)
     assert before.count("ld.global.L1::evict_first.L2::cache_hint.v4.b32") == loads
     sums = config.block_n // 16 * config.block_m // 8 * (2 if gated else 1)
-    assert after.count("mma.sync") == config.block_k // 16 // config.warps * sums and "mma" not in before
+    assert after.count("mma.sync") == (config.block_k + config.tail) // 16 // config.warps * sums and "mma" not in before
 
 def check_copied_rows(shape, rows, kind):
     # No fence holds the tensor cores up until all loads on the way have come.
@@ -72,6 +72,8 @@ if sys.argv[1] == "few":
     check_copied_rows(SEVEN["gate"], 32, "int4")
     check_whole_rows(SMOLLM2["gate"], 16, LaunchConfig("whole_rows", 16, 1024, 8, warps=8, slices=16))
     check_whole_rows(SMOLLM2["down"], 16, LaunchConfig("whole_rows", 16, 2048, 16, warps=16, slices=64))
+    check_whole_rows(SMOLLM2["gate"], 24, LaunchConfig("whole_rows", 16, 512, 8, warps=4, slices=4, tail=64))
+    check_whole_rows(SMOLLM2["down"], 24, LaunchConfig("whole_rows", 16, 1024, 8, warps=8, slices=8, tail=512))
     check(SMOLLM2["qkv"], 1, "bfloat16", pdl=True)
     check(SMOLLM2["down"], 64, "bfloat16")
     check(SEVEN["gate"], 16, "bfloat16", pdl=True)

@@ -180,9 +180,9 @@ def launches(
     config = config or chosen(product, tuning)
     if config.kernel == "one_row" and rows != 1:
         raise RequestError(f"a one-row launch was chosen for {rows} rows")
-    if config.kernel == "whole_rows" and (weight.kind != "dense" or inputs > config.block_k):
+    if config.kernel == "whole_rows" and (weight.kind != "dense" or inputs > config.block_k + config.tail):
         raise RequestError(
-            f"a launch of {config.block_k} dense inputs was chosen for {inputs} of {weight.kind}"
+            f"a launch of {config.block_k + config.tail} dense inputs was chosen for {inputs} of {weight.kind}"
         )
     interpreted = x.device.type == "cpu"
     pdl = tuning.pdl and not interpreted
@@ -258,7 +258,10 @@ def launches(
                 x, weight.values, second.values, *around, rows, weight.outputs, x.stride(0), weight.values.stride(0),
                 *strides,
             ),
-            {**constants, "SLICES": config.slices, "SLICE": config.block_k // config.slices},
+            {
+                **constants, "SLICES": config.slices, "SLICE": config.block_k // config.slices,
+                "TAIL": config.tail // config.slices,
+            },
             config.warps,
         )  # fmt: skip
         return

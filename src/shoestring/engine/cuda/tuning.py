@@ -44,6 +44,7 @@ class LaunchConfig:
         tma: let Hopper's copy engine bring dense weights, and, with these and `written` ones, rows that need no norm on
             the way.
         slices: whole_rows' pieces of the inputs, which warps multiply beside one another.
+        tail: whole_rows' inputs behind the first `block_k`, so that a tile need not be rounded up to a power of two.
         registers: the most that a thread may have, so that more programs run at once; 0: as many as it wants.
     """
 
@@ -61,6 +62,7 @@ class LaunchConfig:
     written: bool = False
     tma: bool = False
     slices: int = 1
+    tail: int = 0
     registers: int = 0
 
 
@@ -340,22 +342,34 @@ def _whole_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
     rows, inputs = problem.bucket, problem.inputs
     if problem.quantised or problem.compute == torch.float32 or not 8 <= rows <= 64 or inputs > 2048:
         return []
-    block_k = 1 << (inputs - 1).bit_length()
-    heights = (8, 16) if rows <= 32 else (16, 32)
+    heights = (8, 16, 32) if rows <= 32 else (16, 32)
     fuse_norm = heuristic(problem, processors).fuse_norm
     found = []
-    for block_m, block_n, warps, slice_ in product(heights, (16, 32), (2, 4, 8, 16), (32, 64)):
-        tiles = -(-problem.outputs // block_n)
-        held = block_k * (
-            block_n * (2 if problem.gated else 1) + block_m
-        )  # weights and rows, by a program's threads
-        fits = block_m <= rows and held <= 12288 * warps and tiles <= 2 * processors
-        if fits and processors // 4 <= tiles * -(-rows // block_m) <= 3 * processors:
-            found.append(
-                LaunchConfig(
-                    "whole_rows", block_n, block_k, block_m, warps=warps, fuse_norm=fuse_norm, slices=block_k // slice_
-                )
-            )  # fmt: skip
+    for block_m, block_n, warps in product(heights, (16, 32), (2, 4, 8, 16)):
+        programs = -(-problem.outputs // block_n) * -(-rows // block_m)
+        if block_m > rows or not processors // 4 <= programs <= 3 * processors:
+            continue
+        for block_k, tail, slices in _slices(inputs, warps):
+            # Weights and rows, by a program's threads.
+            held = (block_k + tail) * (block_n * (2 if problem.gated else 1) + block_m)
+            if held <= 12288 * warps:
+                found.append(
+                    LaunchConfig(
+                        "whole_rows", block_n, block_k, block_m, warps=warps, fuse_norm=fuse_norm, slices=slices, tail=tail
+                    )
+                )  # fmt: skip
+    return found
+
+
+def _slices(inputs: int, warps: int) -> list[tuple[int, int, int]]:
+    """Inputs in front of a tail, in it, and slices of both, each for a warp or two: of at least 16 inputs in each part."""
+    whole = 1 << (inputs - 1).bit_length()
+    found = [(whole, 0, whole // size) for size in (32, 64)]
+    most = whole // 2
+    for slices in (max(warps // 2, 1), warps, 2 * warps):
+        tail = max(1 << (inputs - most - 1).bit_length(), 16 * slices) if inputs > most else 0
+        if 0 < tail < most:
+            found.append((most, tail, slices))
     return found
 
 
