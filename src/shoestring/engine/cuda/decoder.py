@@ -120,6 +120,8 @@ class Decoder:
         self.config, self.dtype, self.device = config, dtype, embedding.device
         self.embedding, self.layers, self.norm = embedding, tuple(layers), norm
         self.head, self.head_bias = head, head_bias
+        self.tuning = Tuning.of_machine(self.device)
+        """How products are launched; what has been captured keeps to what it was."""
         width = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
         self._workspace = LinearWorkspace.allocate(self.device, width=width)
         tables = [
@@ -192,8 +194,8 @@ class Decoder:
         packed, attended = buffers.packed[:rows], buffers.attended[:rows]
         gated, added = buffers.gated[:rows], buffers.added[:rows]
         cache: dict[str, Any] = {"cache_dtype": dtype}
-        pdl = self.device.type == "cuda" and Tuning.of_machine(self.device).pdl
-        shared: dict[str, Any] = {"workspace": self._workspace}
+        pdl = self.tuning.pdl
+        shared: dict[str, Any] = {"workspace": self._workspace, "tuning": self.tuning}
         hidden = hidden or {}
         move_rows(
             table,

@@ -12,6 +12,7 @@ from shoestring.engine.cuda.decoder import Decoder
 from shoestring.engine.cuda.graphs import GRAPH_ROWS, ROW_SIZES, BucketStep, BucketSteps
 from shoestring.engine.cuda.own_rows import OwnRows
 from shoestring.engine.cuda.results import Chosen, CudaResults, Part
+from shoestring.engine.cuda.tuning import Tuning
 from shoestring.engine.runner import NEXT_TOKENS, Outputs, RowResults, StepResult, check_step
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.engine.tokentree import TokenTree
@@ -106,6 +107,18 @@ class CudaRunner:
     def weight_bytes(self) -> int:
         """Bytes of the matrices that a step reads (of the embedding, only rows)."""
         return self._decoder.weight_bytes
+
+    @property
+    def tuning(self) -> Tuning:
+        """How products are launched; a new one drops what has been captured."""
+        return self._decoder.tuning
+
+    @tuning.setter
+    def tuning(self, tuning: Tuning) -> None:
+        self._wait()
+        self._decoder.tuning = tuning
+        self._last = None
+        self.steps.clear()
 
     @property
     def slots(self) -> Collection[int]:
