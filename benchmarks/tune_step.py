@@ -36,6 +36,7 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, nargs="*", default=[8, 16, 24, 32])
     arguments.add_argument("--products", nargs="*", default=["gate_up", "down", "qkv", "output"])
     arguments.add_argument("--only", metavar="NAME", help="launches of this kernel or with this field")
+    arguments.add_argument("--late", action="store_true", help="each also with the next kernel started later")
     arguments.add_argument("--context", type=int, default=200)
     arguments.add_argument("--seconds", type=float, default=200, help="try nothing new after so many")
     arguments.add_argument("--winners", type=Path, help="the file to begin from and to write")
@@ -56,9 +57,11 @@ def main() -> None:
         with background():
             for name in options.products:
                 case = Case(MODEL_OF[options.subject], name, options.kind, rows, workspace)
-                found = list(
-                    dict.fromkeys([*wanted(case, options.only), *neighbours(case.problem, runner.tuning)])
-                )
+                known = runner.tuning.config(case.problem)
+                found = [known, *wanted(case, options.only), *neighbours(case.problem, runner.tuning)]
+                if options.late:
+                    found = [replace(one, late=late) for one in found for late in (False, True)]
+                found = list(dict.fromkeys(found))
                 for config in found:
                     for launch in case.launches(runner.tuning, config):
                         launch.compile()

@@ -24,7 +24,7 @@ def attention(plan, dtype, window=False, softcap=False, norm=False):
             SLOTS=_power_of_two(plan.slots), GROUP=plan.group, D=plan.head_dim, BLOCK_D=_power_of_two(plan.head_dim),
             BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys, BLOCK_R=plan.block_own, HAS_WINDOW=window,
             CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, TURNS=plan.turns, ROTARY=plan.head_dim, NORM=norm,
-            ADDS_ONE=norm, PDL=True,
+            ADDS_ONE=norm, PDL=True, LATE=plan.late,
         ),
         warps=plan.warps, stages=plan.stages,
     )

@@ -50,6 +50,7 @@ def check_whole_rows(shape, rows, config):
     assert made.shared <= SHARED_MEMORY
     assert not made.spilled, made.spilled
     before, after = made.ptx.split("griddepcontrol.wait")
+    assert ("launch_dependents" in after) == config.late != ("launch_dependents" in before)
     loads = config.block_n * (config.block_k + config.tail) * (2 if gated else 1) // (config.warps * 32 * 8)
     assert before.count("ld.global.L1::evict_first.L2::cache_hint.v4.b32") == loads
     sums = config.block_n // 16 * config.block_m // 8 * (2 if gated else 1)
@@ -73,7 +74,7 @@ if sys.argv[1] == "few":
     check_whole_rows(SMOLLM2["gate"], 16, LaunchConfig("whole_rows", 16, 1024, 8, warps=8, slices=16))
     check_whole_rows(SMOLLM2["down"], 16, LaunchConfig("whole_rows", 16, 2048, 16, warps=16, slices=64))
     check_whole_rows(SMOLLM2["gate"], 24, LaunchConfig("whole_rows", 16, 512, 8, warps=4, slices=4, tail=64))
-    check_whole_rows(SMOLLM2["down"], 24, LaunchConfig("whole_rows", 16, 1024, 8, warps=8, slices=8, tail=512))
+    check_whole_rows(SMOLLM2["down"], 24, LaunchConfig("whole_rows", 16, 1024, 8, warps=8, slices=8, tail=512, late=True))
     check(SMOLLM2["qkv"], 1, "bfloat16", pdl=True)
     check(SMOLLM2["down"], 64, "bfloat16")
     check(SEVEN["gate"], 16, "bfloat16", pdl=True)

@@ -37,6 +37,7 @@ class AttentionPlan:
         min_keys: a share is not made smaller than this.
         turns: attention itself normalises, turns and caches the step's keys; else a kernel in front does. Every tile turns
             the keys that it sees, so this pays where rows are few.
+        late: under programmatic launch, the next kernel starts when this one has waited, not at once.
     """
 
     slots: int
@@ -52,6 +53,7 @@ class AttentionPlan:
     turns: bool = True
     warps: int = 4
     stages: int = 3
+    late: bool = False
 
     @classmethod
     def choose(
@@ -196,7 +198,7 @@ def tree_attention(
         BLOCK_D=max(16, _power_of_two(plan.head_dim)), BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys,
         BLOCK_R=plan.block_own, HAS_WINDOW=window > 0, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
         TURNS=plan.turns, ROTARY=turning.cosines.shape[1], NORM=turning.norms, ADDS_ONE=turning.adds_one,
-        num_warps=plan.warps, num_stages=plan.stages, **launch_options(pdl),
+        LATE=plan.late, num_warps=plan.warps, num_stages=plan.stages, **launch_options(pdl),
     )  # fmt: skip
 
 

@@ -223,10 +223,10 @@ def attention_kernel(
     SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, HAS_WINDOW: tl.constexpr, CACHE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, TURNS: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
-    PDL: tl.constexpr = False,
+    PDL: tl.constexpr = False, LATE: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles, K, splits): see `tree_attention`. The last share of the cached keys also has the step's own."""
-    if PDL:
+    if PDL and not LATE:
         gdc_launch_dependents()
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
@@ -283,6 +283,8 @@ def attention_kernel(
         own_gain, own_pair_gain = _gains(key_gain, d, pair, D, NORM, ADDS_ONE)
     if PDL:
         gdc_wait()
+        if LATE:
+            gdc_launch_dependents()
     if split == 0:
         for padded in range(all_rows + tile, rows, tl.num_programs(0)):
             at = out + tl.cast(padded, tl.int64) * out_stride + query_head[:, None] * D + d[None, :]

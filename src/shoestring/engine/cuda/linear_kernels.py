@@ -9,7 +9,8 @@ made the rows has left them with the gain, and the sums of squares of their part
 are added in their order by the program that arrives last, so results do not change from run to run.
 
 KIND is the bits of a quantised weight, 0 for dense ones. PDL: the kernel may start before the one in front has ended, so
-nothing but weights is read before `gdc_wait`. PTX: "bf16", "fp16" or "", how integers are unpacked.
+nothing but weights is read before `gdc_wait`; LATE: the next one may only start behind that. PTX: "bf16", "fp16" or "", how
+integers are unpacked.
 """
 
 # ruff: noqa: N803, N806
@@ -139,7 +140,8 @@ def few_rows_kernel(
     ADDS_ONE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr, MOST_PARTS: tl.constexpr, LEAVES: tl.constexpr, NEXT_ADDS_ONE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr, WRITTEN: tl.constexpr,
+    STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr, PTX: tl.constexpr,
+    WRITTEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows, tiles of outputs, SPLIT_K).
 
@@ -162,7 +164,8 @@ def few_rows_kernel(
     last_trip = tl.minimum(first_trip + EACH, TRIPS)
     at = own.to(tl.int64)[:, None] * values_stride
     if PDL:
-        gdc_launch_dependents()
+        if not LATE:
+            gdc_launch_dependents()
         if LINES > 0:
             WIDTH: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
             ROW: tl.constexpr = (K + 63) // 64 * 32 if KIND == 4 else K * WIDTH
@@ -171,6 +174,8 @@ def few_rows_kernel(
             if GATED:
                 prefetch(second, values_stride * WIDTH, first_trip * TRIP, own, ROW, LINES)
         gdc_wait()
+        if LATE:
+            gdc_launch_dependents()
 
     x += wrapped(m, rows)[:, None] * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)

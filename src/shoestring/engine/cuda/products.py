@@ -236,7 +236,7 @@ def launches(
     parts = 0 if scaled is None else len(scaled.squares)
     squares = scaled.squares if scaled is not None else left.squares if left is not None else None
     constants |= {
-        "COMPUTE": _TRITON[weight.dtype], "BLOCK_M": config.block_m, "PARTS": parts,
+        "COMPUTE": _TRITON[weight.dtype], "LATE": config.late, "BLOCK_M": config.block_m, "PARTS": parts,
         "MOST_PARTS": triton.next_power_of_2(max(parts, 1)), "LEAVES": left is not None,
         "NEXT_ADDS_ONE": left is not None and next_norm is not None and next_norm.adds_one,
     }  # fmt: skip

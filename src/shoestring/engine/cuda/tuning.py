@@ -45,6 +45,8 @@ class LaunchConfig:
             the way.
         slices: whole_rows' pieces of the inputs, which warps multiply beside one another.
         tail: whole_rows' inputs behind the first `block_k`, so that a tile need not be rounded up to a power of two.
+        late: under programmatic launch, let the next kernel start when this one has waited, not at once: its programs then
+            hold no places, and spread over the multiprocessors.
         registers: the most that a thread may have, so that more programs run at once; 0: as many as it wants.
     """
 
@@ -63,6 +65,7 @@ class LaunchConfig:
     tma: bool = False
     slices: int = 1
     tail: int = 0
+    late: bool = False
     registers: int = 0
 
 

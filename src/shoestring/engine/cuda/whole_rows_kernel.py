@@ -47,6 +47,7 @@ def whole_rows_kernel(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
     MOST_PARTS: tl.constexpr, LEAVES: tl.constexpr, NEXT_ADDS_ONE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows, tiles of outputs); SLICES * (SLICE + TAIL) inputs or fewer, a tail's (0: none) behind all
     others. The rest is `few_rows_kernel`'s.
@@ -59,7 +60,7 @@ def whole_rows_kernel(
     own = tl.minimum(n, outputs - 1)  # rows beyond the last are read as the last, so that loads need no mask
     at = own.to(tl.int64)[None, :, None] * values_stride
     k = _inputs(0, SLICES, SLICE)
-    if PDL:
+    if PDL and not LATE:
         gdc_launch_dependents()
     weights = load(first + at + k, k < K, EVEN, "evict_first")
     if TAIL:
@@ -72,6 +73,8 @@ def whole_rows_kernel(
     biases, gains = gains_of(bias, next_gain, n, outputs, HAS_BIAS, LEAVES, NEXT_ADDS_ONE)
     if PDL:
         gdc_wait()
+        if LATE:
+            gdc_launch_dependents()
     rows_at = x + wrapped(m, rows)[None, :, None] * x_stride
     right, squares = _rows_of(rows_at, gain, k, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE)
     if TAIL:
