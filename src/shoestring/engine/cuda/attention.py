@@ -198,7 +198,8 @@ def tree_attention(
         BLOCK_D=max(16, _power_of_two(plan.head_dim)), BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys,
         BLOCK_R=plan.block_own, HAS_WINDOW=window > 0, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
         TURNS=plan.turns, ROTARY=turning.cosines.shape[1], NORM=turning.norms, ADDS_ONE=turning.adds_one,
-        LATE=plan.late, num_warps=plan.warps, num_stages=plan.stages, **launch_options(pdl),
+        LATE=plan.late, AHEAD=pdl and plan.stages == 1 and plan.min_keys > plan.block_keys, num_warps=plan.warps,
+        num_stages=plan.stages, **launch_options(pdl),
     )  # fmt: skip
 
 

@@ -65,6 +65,23 @@ def _load_keys(
 
 
 @triton.jit
+def _ask_ahead(pages, layer, head, heads, key, n, D: tl.constexpr, CACHE: tl.constexpr):
+    """Ask for the keys and values at the positions `key` (beyond n: for the last again), as far as the L1 cache."""
+    LINE: tl.constexpr = 1024 // CACHE.primitive_bitwidth
+    key = tl.minimum(key, n - 1)
+    base = tl.load(pages + key // _PAGE)
+    first = base + ((layer * 2 * heads + head) * (_PAGE * D) + key % _PAGE * D) * (
+        CACHE.primitive_bitwidth // 8
+    )
+    for plane in tl.static_range(2):
+        for line in tl.static_range((D + LINE - 1) // LINE):
+            at = first + (plane * heads * _PAGE * D + line * LINE) * (CACHE.primitive_bitwidth // 8)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1
+            )
+
+
+@triton.jit
 def _attend(
     q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -223,7 +240,7 @@ def attention_kernel(
     SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, HAS_WINDOW: tl.constexpr, CACHE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, TURNS: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
-    PDL: tl.constexpr = False, LATE: tl.constexpr = False,
+    PDL: tl.constexpr = False, LATE: tl.constexpr = False, AHEAD: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles, K, splits): see `tree_attention`. The last share of the cached keys also has the step's own."""
     if PDL and not LATE:
@@ -269,6 +286,9 @@ def attention_kernel(
     key = start + offsets
     wanted = (key < n) & some
     k, v = _load_keys(pages, layer, head, heads, start, key, some, wanted, d, D, BLOCK_D, CACHE, True)
+    if AHEAD:  # noqa: SIM102
+        if some & (begin + 1 < end):
+            _ask_ahead(pages, layer, head, heads, key + BLOCK_N, n, D, CACHE)
     at_position = tl.load(position + step_row, mask=valid, other=0)
     oldest = at_position - window
     r = tl.arange(0, BLOCK_R)
@@ -318,6 +338,9 @@ def attention_kernel(
         start = block * BLOCK_N
         key = start + offsets
         k, v = _load_keys(pages, layer, head, heads, start, key, True, key >= 0, d, D, BLOCK_D, CACHE, False)
+        if AHEAD:  # noqa: SIM102
+            if block + 1 < end:
+                _ask_ahead(pages, layer, head, heads, key + BLOCK_N, n, D, CACHE)
         visible = oldest[:, None] < key[None, :]
         top, total, acc = _attend(q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, HAS_WINDOW)
     for block in range(tl.maximum(full, begin + 1), end):
