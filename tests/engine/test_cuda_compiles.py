@@ -24,7 +24,7 @@ def attention(plan, dtype, window=False, softcap=False, norm=False):
             SLOTS=_power_of_two(plan.slots), GROUP=plan.group, D=plan.head_dim, BLOCK_D=_power_of_two(plan.head_dim),
             BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys, BLOCK_R=plan.block_own, HAS_WINDOW=window,
             CACHE=TRITON_TYPES[dtype], HAS_SOFTCAP=softcap, TURNS=plan.turns, ROTARY=plan.head_dim, NORM=norm,
-            ADDS_ONE=norm, PDL=True, LATE=plan.late, SLICES=plan.slices,
+            ADDS_ONE=norm, PDL=True,
         ),
         warps=plan.warps, stages=plan.stages,
     )
@@ -43,7 +43,6 @@ attention(choose(1, 64, 9, 3, 64, torch.bfloat16), torch.bfloat16)
 attention(choose(1, 16, 16, 8, 128, torch.bfloat16), torch.bfloat16, norm=True)
 attention(choose(1, 1, 8, 4, 64, torch.float16), torch.float16, window=True, softcap=True)
 attention(choose(1, 16, 9, 3, 64, torch.float32), torch.float32)
-attention(choose(1, 16, 9, 3, 64, torch.bfloat16, slices=8), torch.bfloat16)
 """
 
 OTHERS = """

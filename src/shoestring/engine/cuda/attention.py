@@ -37,8 +37,6 @@ class AttentionPlan:
         min_keys: a share is not made smaller than this.
         turns: attention itself normalises, turns and caches the step's keys; else a kernel in front does. Every tile turns
             the keys that it sees, so this pays where rows are few.
-        slices: of a block's keys, which warps attend to beside one another until they merge what they have; 0: none.
-        late: under programmatic launch, the next kernel starts when this one has waited, not at once.
     """
 
     slots: int
@@ -54,8 +52,6 @@ class AttentionPlan:
     turns: bool = True
     warps: int = 4
     stages: int = 3
-    late: bool = False
-    slices: int = 0
 
     @classmethod
     def choose(
@@ -104,7 +100,6 @@ class AttentionPlan:
             "block_own": 16 if rows <= 16 or wide else 32 if rows <= 32 else 64,
             "turns": rows <= (32 if head_dim <= 64 else 16),
             "min_keys": min_keys,
-            "slices": 8 if block_keys == 256 else 0,
             "warps": warps,
             "stages": stages,
         } | settings
@@ -201,8 +196,7 @@ def tree_attention(
         BLOCK_D=max(16, _power_of_two(plan.head_dim)), BLOCK_M=plan.block_rows, BLOCK_N=plan.block_keys,
         BLOCK_R=plan.block_own, HAS_WINDOW=window > 0, CACHE=TRITON_TYPES[cache_dtype], HAS_SOFTCAP=softcap > 0,
         TURNS=plan.turns, ROTARY=turning.cosines.shape[1], NORM=turning.norms, ADDS_ONE=turning.adds_one,
-        LATE=plan.late, SLICES=plan.slices, num_warps=plan.warps,
-        num_stages=plan.stages, **launch_options(pdl),
+        num_warps=plan.warps, num_stages=plan.stages, **launch_options(pdl),
     )  # fmt: skip
 
 

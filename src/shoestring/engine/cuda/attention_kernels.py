@@ -43,25 +43,20 @@ def _load_keys(
 ):  # fmt: skip
     """Keys and values [N, D] at the positions `key`, from `start` on; none are read unless there are some.
 
-    All but `d` may have slices in front: keys and values are [S, N, D] then. MASKED: zeros where they are not wanted.
+    MASKED: zeros where they are not wanted.
     """
-    LAST: tl.constexpr = len(key.shape)
-    if key.shape[LAST - 1] <= _PAGE:
+    if key.shape[0] <= _PAGE:
         base = tl.load(pages + start // _PAGE, mask=some, other=0)
     elif MASKED:
         base = tl.load(pages + key // _PAGE, mask=wanted, other=0)
     else:
         base = tl.load(pages + key // _PAGE)
-    block = base.to(tl.pointer_type(CACHE))
-    if LAST == 1:
-        block = tl.multiple_of(block, 16)
-    else:
-        block, d = tl.multiple_of(block, [16, 16]), d[None, :]
+    block = tl.multiple_of(base.to(tl.pointer_type(CACHE)), 16)
     offset = tl.multiple_of((layer * 2 * heads + head) * (_PAGE * D), _PAGE)
-    at = tl.expand_dims(block + key % _PAGE * D, LAST) + (offset + d)[None, :]
+    at = (block + key % _PAGE * D)[:, None] + (offset + d)[None, :]
     stride = tl.multiple_of(heads * (_PAGE * D), _PAGE)
     if MASKED:
-        mask = tl.expand_dims(wanted, LAST) & (d < D)[None, :]
+        mask = wanted[:, None] & (d < D)[None, :]
         return tl.load(at, mask=mask, other=0.0), tl.load(at + stride, mask=mask, other=0.0)
     if D < BLOCK_D:
         mask = (d < D)[None, :]
@@ -73,14 +68,9 @@ def _load_keys(
 def _attend(
     q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr
 ):
-    """One block of keys more: the running maximum (base 2), the sum of exponentials and the weighted values.
-
-    All may have slices in front, each with its own keys and sums.
-    """
-    LAST: tl.constexpr = len(q.shape) - 1
+    """One block of keys more: the running maximum (base 2), the sum of exponentials and the weighted values."""
     v = v.to(q.dtype)
-    turned = tl.trans(k.to(q.dtype)) if LAST == 1 else tl.permute(k.to(q.dtype), (0, 2, 1))
-    scores = tl.dot(q, turned, input_precision="ieee")
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
     if HAS_SOFTCAP:
         capped = 1 - 2 / (tl.exp(scores * (2 * scale / softcap)) + 1)  # tanh
         scores = capped * (softcap * 1.4426950408889634)
@@ -88,34 +78,16 @@ def _attend(
         scores = scores * (scale * 1.4426950408889634)
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, LAST))
+    higher = tl.maximum(top, tl.max(scores, 1))
     if MASKED:
         pivot = tl.where(higher == float("-inf"), 0.0, higher)
     else:
         pivot = higher
-    weights = tl.exp2(scores - tl.expand_dims(pivot, LAST))
+    weights = tl.exp2(scores - pivot[:, None])
     shrink = tl.exp2(top - pivot)
-    total = total * shrink + tl.sum(weights, LAST)
-    acc = acc * tl.expand_dims(shrink, LAST)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
     return higher, total, tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-
-
-@triton.jit
-def _visible(wanted, behind, key, HAS_WINDOW: tl.constexpr):
-    """Which cached keys [.., M or 1, N] the rows see: the wanted ones [.., N], none before the window."""
-    LAST: tl.constexpr = len(key.shape)
-    visible = tl.expand_dims(wanted, LAST - 1)
-    if HAS_WINDOW:
-        visible = visible & (behind < tl.expand_dims(key, LAST - 1))
-    return visible
-
-
-@triton.jit
-def _together(top, total, acc):
-    """Slices' maxima [S, M], sums and weighted values [S, M, D] as those of all their keys."""
-    higher = tl.max(top, 0)
-    share = tl.exp2(top - tl.where(higher == float("-inf"), 0.0, higher)[None, :])
-    return higher, tl.sum(total * share, 0), tl.sum(acc * share[:, :, None], 0)
 
 
 @triton.jit
@@ -251,10 +223,10 @@ def attention_kernel(
     SLOTS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, HAS_WINDOW: tl.constexpr, CACHE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, TURNS: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, ADDS_ONE: tl.constexpr,
-    PDL: tl.constexpr = False, LATE: tl.constexpr = False, SLICES: tl.constexpr = 0,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles, K, splits): see `tree_attention`. The last share of the cached keys also has the step's own."""
-    if PDL and not LATE:
+    if PDL:
         gdc_launch_dependents()
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
@@ -292,18 +264,11 @@ def attention_kernel(
     step_row = first + row
     # Before the wait is the layout, which is as old as the step, and the first block's keys, which are older.
     some = (begin < end) & ~idle
-    if SLICES:
-        WIDTH: tl.constexpr = BLOCK_N // SLICES
-        piece = tl.arange(0, SLICES)[:, None] * WIDTH
-        offsets = piece + tl.arange(0, WIDTH)[None, :]
-    else:
-        piece = 0
-        offsets = tl.arange(0, BLOCK_N)
-    start = begin * BLOCK_N + piece
-    key = begin * BLOCK_N + offsets
+    start = begin * BLOCK_N
+    offsets = tl.arange(0, BLOCK_N)
+    key = start + offsets
     wanted = (key < n) & some
-    there = (start < n) & some
-    k, v = _load_keys(pages, layer, head, heads, start, key, there, wanted, d, D, BLOCK_D, CACHE, True)
+    k, v = _load_keys(pages, layer, head, heads, start, key, some, wanted, d, D, BLOCK_D, CACHE, True)
     at_position = tl.load(position + step_row, mask=valid, other=0)
     oldest = at_position - window
     r = tl.arange(0, BLOCK_R)
@@ -318,8 +283,6 @@ def attention_kernel(
         own_gain, own_pair_gain = _gains(key_gain, d, pair, D, NORM, ADDS_ONE)
     if PDL:
         gdc_wait()
-        if LATE:
-            gdc_launch_dependents()
     if split == 0:
         for padded in range(all_rows + tile, rows, tl.num_programs(0)):
             at = out + tl.cast(padded, tl.int64) * out_stride + query_head[:, None] * D + d[None, :]
@@ -339,41 +302,30 @@ def attention_kernel(
     if TURNS:
         q = _turned(q, pair_q, cos, sin, gain, pair_gain, eps, D, NORM).to(packed.dtype.element_ty)
 
-    # Slices in front of rows, or none.
-    if SLICES:
-        top = tl.full([SLICES, BLOCK_M], float("-inf"), tl.float32)
-        acc = tl.zeros([SLICES, BLOCK_M, BLOCK_D], tl.float32)
-        asking, behind = tl.broadcast_to(q[None, :, :], [SLICES, BLOCK_M, BLOCK_D]), oldest[None, :, None]
-    else:
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        asking, behind = q, oldest[:, None]
-    total = tl.zeros_like(top)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if some:
-        visible = _visible(wanted, behind, key, HAS_WINDOW)
-        top, total, acc = _attend(asking, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True)
+        visible = tl.broadcast_to(wanted[None, :], [BLOCK_M, BLOCK_N])
+        if HAS_WINDOW:
+            visible = visible & (oldest[:, None] < key[None, :])
+        top, total, acc = _attend(q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True)
     # Of blocks full of cached keys all rows see all, but for the window; the last one may not be full.
     full = tl.minimum(tl.maximum(n // BLOCK_N, begin + 1), end)
     for block in range(begin + 1, full):
-        start = block * BLOCK_N + piece
-        key = block * BLOCK_N + offsets
-        k, v = _load_keys(
-            pages, layer, head, heads, start, key, start < n, key >= 0, d, D, BLOCK_D, CACHE, False
-        )
-        visible = _visible(key >= 0, behind, key, HAS_WINDOW)
-        top, total, acc = _attend(
-            asking, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, HAS_WINDOW
-        )
+        start = block * BLOCK_N
+        key = start + offsets
+        k, v = _load_keys(pages, layer, head, heads, start, key, True, key >= 0, d, D, BLOCK_D, CACHE, False)
+        visible = oldest[:, None] < key[None, :]
+        top, total, acc = _attend(q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, HAS_WINDOW)
     for block in range(tl.maximum(full, begin + 1), end):
-        start = block * BLOCK_N + piece
-        key = block * BLOCK_N + offsets
-        k, v = _load_keys(
-            pages, layer, head, heads, start, key, start < n, key < n, d, D, BLOCK_D, CACHE, True
-        )
-        visible = _visible(key < n, behind, key, HAS_WINDOW)
-        top, total, acc = _attend(asking, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True)
-    if SLICES:
-        top, total, acc = _together(top, total, acc)
+        start = block * BLOCK_N
+        key = start + offsets
+        k, v = _load_keys(pages, layer, head, heads, start, key, True, key < n, d, D, BLOCK_D, CACHE, True)
+        visible = tl.broadcast_to((key < n)[None, :], [BLOCK_M, BLOCK_N])
+        if HAS_WINDOW:
+            visible = visible & (oldest[:, None] < key[None, :])
+        top, total, acc = _attend(q, k, v, visible, top, total, acc, scale, softcap, HAS_SOFTCAP, True)
     if owns:
         if TURNS:
             new_k = _turned(new_k, pair_k, own_cos, own_sin, own_gain, own_pair_gain, eps, D, NORM).to(CACHE)
