@@ -21,8 +21,8 @@ from shoestring.engine.cuda.layout import Bucket, DeviceLayout, HostLayout
 
 __all__ = ["GRAPH_ROWS", "ROW_SIZES", "BucketStep", "BucketSteps", "bucket_of"]
 
-ROW_SIZES = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Rows of buckets. Two take as long as eight."""
+ROW_SIZES = (1, 8, 16, 24, 32, 48, 64, 128, 192, 256)
+"""Rows of buckets. Two take as long as eight, and 96 as long as 128 (or longer: an H200 with SmolLM2's shapes)."""
 _SLOTS = (1, 2, 4, 8, MAX_SLOTS)
 _TOPS = (1, 8, MAX_TOP)
 GRAPH_ROWS = ROW_SIZES[-1]
