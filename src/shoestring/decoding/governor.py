@@ -33,6 +33,7 @@ _TRUSTED, _LATELY = 24.0, 64
 # average, each further sequence takes so much away.
 _LAGGING = 0.015
 _MANY = 2  # the account of three and four sequences, and those of more: texts that come and go do not end their rest
+_FEW = 4  # sequences: drafts of more seldom pay, so that each trial has to be made up for by more plain steps
 _FADING = 0.01  # of a correction, at each plain step: what was too dear is tried again some time
 
 
@@ -89,7 +90,7 @@ class Governor:
     Args:
         limit: what drafts of one sequence may lose before they rest, in plain steps; of n sequences, whose steps leave
             less to chance, an n-th of it.
-        allowance: what they may lose in the long run, of the plain steps' time.
+        allowance: what they may lose in the long run, of the plain steps' time; where more than four share a step, less.
         credit: what earlier wins may make up for, in plain steps; likewise.
         grace: what they may lose besides, over the first texts; likewise.
         savings: the most that earlier wins count when a text begins; likewise.
@@ -260,7 +261,8 @@ class Governor:
         if account.balance >= credit / 2:
             account.patience = 1
         if account.balance < -limit:
-            account.resting = account.patience * math.ceil(-account.balance / self._allowance)
+            allowance = self._allowance * min(1.0, _FEW / over.sequences)
+            account.resting = account.patience * math.ceil(-account.balance / allowance)
             account.patience = min(2 * account.patience, _MOST_PATIENCE)
             account.balance = 0.0
 
