@@ -48,11 +48,18 @@ def tokens_per_step() -> str:
     )
 
 
+_USUAL_TOKENS = 128
+
+
 def speed(machines: str = "", all_batches: bool = False) -> str:
-    """Tokens per second of each strategy, as ratios within one run; of machines whose names begin so."""
+    """Tokens per second of each strategy, as ratios within one run; of machines whose names begin so.
+
+    Longer texts, in which a small model repeats itself, stand with all batches only.
+    """
     parts = []
     for name, result in load_results("speed"):
-        if not result["machine"].startswith(machines):
+        longer = result["max_new_tokens"] > _USUAL_TOKENS and not all_batches
+        if longer or not result["machine"].startswith(machines):
             continue
         batches = result.get("batches") or {"1": result}  # older files are of one batch
         parts += [
