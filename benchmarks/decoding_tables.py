@@ -118,7 +118,8 @@ def _speed_part(name: str, result: Result, batch: str, cell: Result) -> str:
         heads.append("over plain, set by set")
     note = f"; {result['note']}" if "note" in result else ""
     return (
-        f"{result['model']}, {result['dtype']}, batch {batch}, greedy, up to {result['max_new_tokens']} tokens, MT-Bench + GSM8K + HumanEval, "
+        f"{result['model']}, {result['dtype']}, batch {batch}, greedy, up to {result['max_new_tokens']} tokens, "
+        "MT-Bench + GSM8K + HumanEval, "
         f"{result['machine']}, commit {result['commit']} "
         f"([{name}](RESULTS/{name})); ratios are medians over {rounds} round{'s' * (rounds != 1)} of one run{note}:\n\n"
         + table(heads, rows)
