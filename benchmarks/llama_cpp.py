@@ -208,10 +208,11 @@ def measure(path: Path, options: Any) -> dict[str, Any]:
         for name in ("mt_bench", "gsm8k", "humaneval")
         for prompt in held_out_prompts(name, options.prompts)
     ]
-    for engine in engines.values():  # code, threads and pages are warm
+    for engine in engines.values():  # code, threads and pages are warm, and what drafts need is there
         engine.prefill(context)
         engine.step(draft)
-        engine.decode(prompts[0], 8, drafts=False)
+        for drafts in (False, True):
+            engine.decode(prompts[0], 8, drafts)
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
     rates: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
     for _ in range(options.rounds):
