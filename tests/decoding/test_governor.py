@@ -46,6 +46,17 @@ def test_losing_drafts_rest_longer_and_longer():
     assert lengths[1] == 2 * lengths[0]
 
 
+def test_drafts_of_more_than_four_rest_longer_for_what_they_lose():
+    first = {}
+    for sequences in (4, 8, 16):
+        drafted = run(3000, plain=1.0, drafting=3.0, accepted=lambda step: 1, sequences=sequences)
+        rests = "".join("d" if one else "." for one in drafted[4:]).split("d")
+        first[sequences] = next(len(rest) for rest in rests if rest)
+    assert first[4] >= 2.0 / 0.025, "two plain steps are lost by one drafting step"
+    assert first[8] == pytest.approx(2 * first[4], rel=0.1)
+    assert first[16] == pytest.approx(4 * first[4], rel=0.2)
+
+
 def test_less_may_be_lost_of_what_does_not_promise_to_pay():
     drafted = run(1000, plain=1.0, drafting=1.5, accepted=lambda step: 1, limit=2.0, allowance=0.01)
     assert sum(drafted) * 0.5 <= 0.02 * 1000

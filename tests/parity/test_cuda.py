@@ -31,6 +31,7 @@ from shoestring.decoding.drafters.rates import drafting_part
 from shoestring.engine.cuda.graphs import BucketStep
 from shoestring.engine.cuda.loading import runner_of_module
 from shoestring.engine.cuda.runner import CudaRunner
+from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning
 from shoestring.engine.native_weights import named_weights
 from shoestring.engine.runner import Outputs, Runner
 from shoestring.engine.sampling import SamplingOptions
@@ -73,6 +74,37 @@ def test_rows_are_those_of_the_plain_runner(name):
         kind = "chain" if index % 2 == 0 else "tree"
         script.append({slot: random_tree(chance, rows + slot, kind) for slot in slots})
     assert_driven_alike([runner_of(name), fused(name)], script, layers=(0, 1, 2))
+
+
+class _Tails(Tuning):
+    """Whole rows for all products of several, in two parts each."""
+
+    def config(self, problem: Problem, processors: int = 132) -> LaunchConfig:
+        if problem.rows == 1:
+            return super().config(problem, processors)
+        front = max(16, 1 << (problem.inputs - 1).bit_length() - 1)
+        return LaunchConfig("whole_rows", 16, front, 8, warps=1, tail=front)
+
+
+def test_launches_can_be_exchanged():
+    runner, tree = fused("qwen3"), random_tree(random.Random(4), 9, "tree")
+    before = runner.tuning
+    seen = []
+    try:
+        for tuning in (before, _Tails()):
+            runner.tuning = tuning
+            assert not len(runner.steps), "nothing that was captured with other launches is left"
+            runner.open(0, SamplingOptions(), PROMPT)
+            runner.step({0: TokenTree.chain(PROMPT)}, Outputs({0: []}))
+            runner.commit({0: range(len(PROMPT))})
+            results = runner.step({0: tree})[0]
+            seen.append(torch.stack([results.logits(row).clone() for row in range(9)]))
+            runner.release(0)
+            runner.clear()
+    finally:
+        runner.tuning = before
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(*seen), "other launches add in another order"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is slow; one strategy is enough there")
