@@ -145,7 +145,7 @@ def measure_step_cost(
     rows = [count for count in rows if context + count < limit] or [1]
     vocabulary = runner.vocab_size
     # A graph's time depends on how many others there are (15% on an H200), and decoding will have all of them.
-    runner.warm_up(1)
+    runner.warm_up(1, progress)
     runner.open(_TUNING_SLOT, SamplingOptions())
     try:
         prompt = [(11 * i + 5) % vocabulary for i in range(context)]
