@@ -16,6 +16,7 @@ from shoestring.engine.attention import ATTENTION_NAME
 from shoestring.engine.sampling import SamplingOptions
 from shoestring.errors import RequestError
 from shoestring.generation import as_batch
+from shoestring.model.templates import around_words
 
 GENTLE = "The capital of France is"
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
@@ -379,6 +380,16 @@ def test_a_bundled_models_texts_come_with_it_and_its_chat_format_is_known(smollm
     assert chat[len(chat) - len(ending) :] == ending
     assert smollm2.tokenizer.decode(chat[len(opening) : len(chat) - len(ending)]) == MESSAGES[0]["content"]
     assert len(smollm2.datastore()) >= 100_000
+
+
+@pytest.mark.parametrize(
+    "template",
+    [None, "{{ raise_exception('no') }}", "{{ messages[0]['content'] }}", "a{{ messages[0]['content'] }}"],
+)
+def test_a_format_with_nothing_on_both_sides_of_the_words_is_none(smollm2, template):
+    tokenizer = copy.deepcopy(smollm2.tokenizer)
+    tokenizer.chat_template = template
+    assert around_words(tokenizer) is None
 
 
 @pytest.fixture(scope="module")

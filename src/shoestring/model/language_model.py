@@ -25,6 +25,7 @@ from shoestring.engine.tokentree import TokenTree
 from shoestring.errors import RequestError, suggest
 from shoestring.generation import Generation, Message, Piece, Prompt, Score, Session, as_batch
 from shoestring.hub.cache import Progress
+from shoestring.model.templates import around_words, encode_messages, has_template
 
 __all__ = ["LanguageModel"]
 
@@ -128,7 +129,7 @@ class LanguageModel:
     @property
     def has_chat_template(self) -> bool:
         """Whether messages can be given."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return has_template(self.tokenizer)
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
@@ -257,7 +258,7 @@ class LanguageModel:
         elif isinstance(prompt, str):
             tokens = list(self.tokenizer(prompt)["input_ids"])
         else:
-            tokens = self._apply_chat_template(prompt)
+            tokens = encode_messages(self.tokenizer, prompt, self.name)
         if not tokens:
             raise RequestError("the prompt is empty; give it at least one token")
         return tokens
@@ -321,20 +322,7 @@ class LanguageModel:
 
     def chat_frame(self) -> tuple[list[int], list[int] | None]:
         """The tokens in front of a user's words and those behind them; without a chat format, a first token."""
-        if self.has_chat_template:
-            try:
-                one, other = (
-                    self._apply_chat_template([{"role": "user", "content": text}]) for text in ("0", "x")
-                )
-            except RequestError:
-                return [self._first_token], None  # a template that wants more than a user's words
-            same = [left == right for left, right in zip(one, other, strict=False)]
-            behind = [left == right for left, right in zip(one[::-1], other[::-1], strict=False)]
-            before = same.index(False) if False in same else 0
-            after = behind.index(False) if False in behind else 0
-            if before and after:
-                return one[:before], one[len(one) - after :]
-        return [self._first_token], None
+        return around_words(self.tokenizer) or ([self._first_token], None)
 
     @property
     def _first_token(self) -> int:
@@ -355,21 +343,6 @@ class LanguageModel:
         """Drop the cache and give the HF module its own attention back."""
         for runner in [self.runner, *self._draft_runners.values()]:
             runner.close()
-
-    def _apply_chat_template(self, messages: Any) -> list[int]:
-        for message in messages:
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise RequestError(f"a message needs a role and content, and this is {message!r}")
-        if not self.has_chat_template:
-            raise RequestError(f"{self.name} has no chat template; give the prompt as text")
-        try:
-            return list(
-                self.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-            )
-        except Exception as error:  # templates raise jinja errors of their own wording
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
 
     def _session(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> Session:
         known = list(inspect.signature(self.stream).parameters)[1:]
