@@ -194,7 +194,7 @@ class Decoder:
         packed, attended = buffers.packed[:rows], buffers.attended[:rows]
         gated, added = buffers.gated[:rows], buffers.added[:rows]
         cache: dict[str, Any] = {"cache_dtype": dtype}
-        pdl = self.tuning.pdl
+        pdl = self.device.type == "cuda" and self.tuning.pdl
         shared: dict[str, Any] = {"workspace": self._workspace, "tuning": self.tuning}
         hidden = hidden or {}
         move_rows(

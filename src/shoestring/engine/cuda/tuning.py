@@ -45,8 +45,8 @@ class LaunchConfig:
             the way.
         slices: whole_rows' pieces of the inputs, which warps multiply beside one another.
         tail: whole_rows' inputs behind the first `block_k`, so that a tile need not be rounded up to a power of two.
-        late: under programmatic launch, let the next kernel start when this one has waited, not at once: its programs then
-            hold no places, and spread over the multiprocessors.
+        late: under programmatic launch, let the kernel behind few_rows or whole_rows start when these have waited, not at
+            once: its programs then hold no places, and spread over the multiprocessors.
         registers: the most that a thread may have, so that more programs run at once; 0: as many as it wants.
     """
 
@@ -370,8 +370,8 @@ def _slices(inputs: int, warps: int) -> list[tuple[int, int, int]]:
     found = [(whole, 0, whole // size) for size in (32, 64)]
     most = whole // 2
     for slices in (max(warps // 2, 1), warps, 2 * warps):
-        tail = max(1 << (inputs - most - 1).bit_length(), 16 * slices) if inputs > most else 0
-        if 0 < tail < most:
+        tail = max(1 << (inputs - most - 1).bit_length(), 16 * slices)
+        if tail < most:
             found.append((most, tail, slices))
     return found
 
