@@ -11,6 +11,7 @@ from shoestring.finetuning.own_answers import generate_answers
 from shoestring.finetuning.pass_model import Example
 from shoestring.finetuning.pass_recipe import PassRecipe
 from shoestring.finetuning.texts import read_texts
+from shoestring.model.templates import encode_messages, has_template
 
 __all__ = ["examples_of", "length_batches"]
 
@@ -116,11 +117,8 @@ def _answered(
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": prompt}]
-        return list(
-            tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
+    if has_template(tokenizer):
+        return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
     return list(tokenizer(prompt)["input_ids"])
 
 
