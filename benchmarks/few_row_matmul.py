@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ MODELS: dict[str, tuple[int, dict[str, tuple[int, int, bool, bool, bool]]]] = {
     }),
 }  # fmt: skip
 DEVICE = "cuda"
+ONLY = ("one_row", "few_rows", "whole_rows", *(one.name for one in fields(LaunchConfig)))
+"""Kernels and fields, to try the launches of one or with one."""
 
 
 @dataclass(frozen=True)
@@ -267,10 +269,10 @@ def cases(
 
 
 def wanted(case: Case, only: str | None) -> list[LaunchConfig]:
-    """The candidates, or those of one kernel; where there is no norm to fuse, each once."""
-    found = [
-        one for one in candidates(case.problem) if only in (None, one.kernel) or getattr(one, only or "", 0)
-    ]
+    """The candidates, or those of one kernel or with one field; where there is no norm to fuse, each once."""
+    found = candidates(case.problem)
+    if only is not None:
+        found = [one for one in found if one.kernel == only or asdict(one).get(only)]
     if case.normed and case.scaled is None:
         return found
     return [replace(one, fuse_norm=heuristic(case.problem).fuse_norm) for one in found]
@@ -368,6 +370,7 @@ def main() -> None:
     arguments.add_argument("--tune", action="store_true")
     arguments.add_argument(
         "--tune-only",
+        choices=ONLY,
         metavar="NAME",
         help="try only launches of this kernel or with this field, beside what is known",
     )

@@ -8,6 +8,7 @@ of more candidates.
     python -m benchmarks.tune_step --subject 135m --rows 8 16 24 32 --only whole_rows
 """
 
+import argparse
 import statistics
 import time
 from dataclasses import replace
@@ -16,8 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import parser
-from benchmarks.few_row_matmul import Case, background, wanted
+from benchmarks.few_row_matmul import ONLY, Case, background, wanted
 from benchmarks.gpu_step_cost import SHAPES, binary_tree, module_of, prepare, take, timed_replay
 from shoestring.engine.cuda.products import LinearWorkspace
 from shoestring.engine.cuda.tuning import TUNED, LaunchConfig, Problem, Tuning
@@ -25,18 +25,26 @@ from shoestring.evaluation.results import machine_name
 
 MODEL_OF = {"135m": "smollm2-135m", "7b": "7b"}
 """The shapes' names in `few_row_matmul`."""
+NEIGHBOURS = "neighbours"
 _LEAST_GAIN = 0.005
 """Of a step's time; less may be noise."""
 
 
 def main() -> None:
-    arguments = parser(__doc__ or "")
+    arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--subject", choices=list(SHAPES), default="135m")
     arguments.add_argument("--kind", default="bfloat16", help="bfloat16, int8 or int4 weights")
     arguments.add_argument("--rows", type=int, nargs="*", default=[8, 16, 24, 32])
     arguments.add_argument("--products", nargs="*", default=["gate_up", "down", "qkv", "output"])
-    arguments.add_argument("--only", metavar="NAME", help="launches of this kernel or with this field")
-    arguments.add_argument("--late", action="store_true", help="each also with the next kernel started later")
+    arguments.add_argument(
+        "--only",
+        choices=(NEIGHBOURS, *ONLY),
+        metavar="NAME",
+        help=f"launches of this kernel or with this field, beside other numbers of rows' ({NEIGHBOURS}: these alone)",
+    )
+    arguments.add_argument(
+        "--late", action="store_true", help="each also with the next kernel started later (several rows)"
+    )
     arguments.add_argument("--context", type=int, default=200)
     arguments.add_argument("--seconds", type=float, default=200, help="try nothing new after so many")
     arguments.add_argument("--winners", type=Path, help="the file to begin from and to write")
@@ -58,8 +66,10 @@ def main() -> None:
             for name in options.products:
                 case = Case(MODEL_OF[options.subject], name, options.kind, rows, workspace)
                 known = runner.tuning.config(case.problem)
-                found = [known, *wanted(case, options.only), *neighbours(case.problem, runner.tuning)]
-                if options.late:
+                found = [known, *neighbours(case.problem, runner.tuning)]
+                if options.only != NEIGHBOURS:
+                    found += wanted(case, options.only)
+                if options.late and rows > 1:
                     found = [replace(one, late=late) for one in found for late in (False, True)]
                 found = list(dict.fromkeys(found))
                 for config in found:
