@@ -29,19 +29,26 @@ import triton
 from torch.nn import functional
 
 from benchmarks.common import parser
+from shoestring.engine.cuda.candidates import candidates
 from shoestring.engine.cuda.linear import (
     gated_linear,
     linear,
     linear_twin,
 )
-from shoestring.engine.cuda.products import Launch, LinearWorkspace, Product, ScaledRows, launches
+from shoestring.engine.cuda.products import (
+    Launch,
+    LinearWorkspace,
+    Product,
+    ScaledRows,
+    launches,
+    widest_left,
+)
 from shoestring.engine.cuda.tuning import (
     MAX_ROWS,
     TUNED,
     LaunchConfig,
     Problem,
     Tuning,
-    candidates,
     heuristic,
 )
 from shoestring.engine.cuda.weights import DeviceWeight, pack_weight
@@ -61,7 +68,7 @@ MODELS: dict[str, tuple[int, dict[str, tuple[int, int, bool, bool, bool]]]] = {
     }),
 }  # fmt: skip
 DEVICE = "cuda"
-ONLY = ("one_row", "few_rows", "whole_rows", *(one.name for one in fields(LaunchConfig)))
+ONLY = ("one_row", "few_rows", "whole_rows", "fragments", *(one.name for one in fields(LaunchConfig)))
 """Kernels and fields, to try the launches of one or with one."""
 
 
@@ -90,10 +97,10 @@ class Case:
         self.norm = (
             RowNorm(torch.ones(self.inputs, device=DEVICE, dtype=torch.bfloat16)) if self.normed else None
         )
-        # As in a model: the product in front has left its rows for the norm.
+        # As in a model: the product in front has left its rows for the norm, where they are not too wide.
         self.scaled = (
-            ScaledRows(self.x.bfloat16(), torch.ones(36, rows, device=DEVICE))
-            if self.normed and rows > 1
+            ScaledRows(self.x.bfloat16(), torch.ones(self.inputs // 16, rows, device=DEVICE))
+            if self.normed and self.inputs <= widest_left(rows)
             else None
         )
         self.next_norm = (
@@ -273,7 +280,7 @@ def wanted(case: Case, only: str | None) -> list[LaunchConfig]:
     found = candidates(case.problem)
     if only is not None:
         found = [one for one in found if one.kernel == only or asdict(one).get(only)]
-    if case.normed and case.scaled is None:
+    if case.normed and (case.scaled is None or case.rows == 1):
         return found
     return [replace(one, fuse_norm=heuristic(case.problem).fuse_norm) for one in found]
 

@@ -7,14 +7,17 @@ import torch
 from interpreted_triton import DEVICE
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from shoestring.engine.cuda.candidates import candidates
 from shoestring.engine.cuda.linear import gated_linear, linear, linear_twin
-from shoestring.engine.cuda.products import LinearWorkspace, Product, launches
-from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning, candidates, heuristic, of_gpu
+from shoestring.engine.cuda.products import LinearWorkspace, Product, chosen, launches
+from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning, heuristic, of_gpu
 from shoestring.engine.cuda.weights import pack_weight
 from shoestring.errors import RequestError
 
 FEW = LaunchConfig("few_rows", 16, 64, 16, split_k=3, warps=1, stages=2)
 ONE = LaunchConfig("one_row", 8, 64, 1, warps=1, stages=1)
+FRAGMENT_ROW = LaunchConfig("fragments", 16, 512, 1, warps=2, stages=2, fuse_norm=False)
+FRAGMENTS = LaunchConfig("fragments", 16, 256, 8, warps=2, fuse_norm=False)
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(DEVICE)
 
 
-def assert_near(found: torch.Tensor, x: torch.Tensor, *weights, **extras) -> None:
+def assert_near(found: torch.Tensor, x: torch.Tensor, *weights, rounding: float = 1e-6, **extras) -> None:
     """No further from the exact result than twice what PyTorch's own float32 is (or its noise on sums this short)."""
     exact = linear_twin(x.double(), *weights, **extras, dtype=torch.float64)
     plain = linear_twin(x, *weights, **extras)
     size = exact.norm()
     assert found.isfinite().all()
-    assert (found - exact).norm() / size <= max(2 * float((plain - exact).norm() / size), 1e-6)
+    assert (found - exact).norm() / size <= max(2 * float((plain - exact).norm() / size), rounding)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,56 @@ def test_all_inputs_at_once(workspace, inputs, slices, block_k, tail, fuse_norm)
     ):
         with pytest.raises(RequestError, match="dense inputs was chosen for"):
             linear(x, refused, out, workspace=workspace, config=other)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("inputs", "rows", "config"),
+    [
+        (256, 1, FRAGMENTS),  # one trip
+        (512, 1, FRAGMENT_ROW),
+        (1024, 1, replace(FRAGMENT_ROW, block_n=32)),
+        (288, 1, replace(FRAGMENT_ROW, stages=1)),
+        (1600, 1, replace(FRAGMENT_ROW, block_k=1024, warps=2)),
+        (512, 8, FRAGMENTS),  # two
+        (288, 3, FRAGMENTS),  # the last of them half outside, and an odd group
+        (192, 18, replace(FRAGMENTS, block_n=32, block_m=16, block_k=64, warps=1)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))  # not interpreted
+def test_integers_straight_into_fragments(workspace, quantize, inputs, rows, config, dtype):
+    weights = [pack_weight(random(40, inputs, seed=seed), quantize, dtype) for seed in (0, 1)]
+    x, residual, bias = random(rows, inputs).to(dtype), random(rows, 40, seed=3), random(40, seed=2)
+    out = residual.clone()
+    linear(x, weights[0], out, residual=out, bias=bias, workspace=None, config=config)
+    # What integers are unpacked with is taken off again, which costs a few bits of a sum.
+    rounding = 1e-6 if DEVICE == "cpu" else 1e-4 if dtype == torch.float16 else 2e-5
+    assert_near(out, x.float(), weights[0], residual=residual, bias=bias, rounding=rounding)
+    gated_linear(x, *weights, out, workspace=None, config=config)
+    assert_near(out, x.float(), *weights, activation="silu", rounding=rounding)
+    norm, wide = RowNorm(random(inputs, seed=1)), random(rows, inputs)
+    linear(wide, weights[0], out, norm=norm, workspace=workspace, config=config)
+    expected = linear_twin(wide, weights[0], norm=norm)
+    error = (out - expected).norm() / expected.norm()
+    assert error < torch.finfo(dtype).eps, "the norm in front leaves rows of this type"
+
+
+def test_fragments_are_for_integers_and_rows_in_words(workspace):
+    weight = pack_weight(random(32, 64), "int4", torch.float16)
+    tuning = Tuning({Problem(32, 64, 1, "int4", compute=torch.float16).key: FRAGMENTS})
+    for x, room in ((random(1, 64), None), (random(2, 65).half()[:1, 1:], None)):
+        out = torch.empty(1, 32, device=DEVICE)
+        with pytest.raises(RequestError, match="float16 rows was chosen for int4 weights and rows of"):
+            linear(x, weight, out, workspace=room, config=FRAGMENTS)
+        assert chosen(Product(x, weight, None, out), room, tuning).kernel == "few_rows"
+        linear(x, weight, out, workspace=room, tuning=tuning)  # by what takes any rows
+        expected = linear_twin(x.float(), weight)
+        assert (out - expected).norm() / expected.norm() < 1e-3
+    x, norm = random(1, 64), RowNorm(random(64, seed=1))
+    assert chosen(Product(x, weight, None, out, norm), workspace, tuning) == FRAGMENTS
+    assert chosen(Product(x.half(), weight, None, out), None, tuning) == FRAGMENTS
+    with pytest.raises(RequestError, match="chosen for dense weights"):
+        linear(x.half(), pack_weight(random(32, 64).half()), out, workspace=None, config=FRAGMENTS)
 
 
 @pytest.mark.parametrize("adds_one", [False, True])
@@ -284,7 +337,7 @@ def test_heuristics_are_launchable(kind):
             assert choices[0] == heuristic(problem)
             assert len(set(choices)) == len(choices) <= 180
             for config in choices:
-                assert config.kernel in ("few_rows", "whole_rows") or rows == 1
+                assert config.kernel in ("few_rows", "whole_rows", "fragments") or rows == 1
                 for size in (config.block_n, config.block_k, config.block_m, config.warps, config.tail or 1):
                     assert size & (size - 1) == 0 < size
                 if config.kernel == "whole_rows":

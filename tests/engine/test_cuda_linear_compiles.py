@@ -56,6 +56,22 @@ def check_whole_rows(shape, rows, config):
     sums = config.block_n // 16 * config.block_m // 8 * (2 if gated else 1)
     assert after.count("mma.sync") == (config.block_k + config.tail) // 16 // config.warps * sums and "mma" not in before
 
+def check_fragments(shape, rows, kind):
+    # From memory into the tensor cores: between products nothing is exchanged, by neither shared memory nor shuffles.
+    problem = Problem(*shape, rows, kind, shape == SEVEN["gate"])
+    config = heuristic(problem)
+    made = compile_problem(problem, norm=True, scaled=True, pdl=True, config=config)[-1]
+    print(problem.key, config, made.registers, "registers", made.spilled, "spilled", made.shared, "shared", flush=True)
+    assert config.kernel == "fragments"
+    assert made.shared <= 4096 * config.block_m
+    assert not made.spilled, made.spilled
+    before, after = made.ptx.split("griddepcontrol.wait")
+    fetched = "ld.global.L1::evict_first.L2::cache_hint.v2.b32"
+    assert (before.count(fetched) > 0) == (config.stages > 1), "the first weights are asked for before the wait"
+    first, last = after.index("mma.sync"), after.rindex("mma.sync")
+    for exchange in ("shfl", "bar.sync", "shared", "ldmatrix", "stmatrix"):
+        assert exchange not in after[first:last], exchange
+
 def check_copied_rows(shape, rows, kind):
     # No fence holds the tensor cores up until all loads on the way have come.
     problem = Problem(*shape, rows, kind, shape == SEVEN["gate"])
@@ -69,6 +85,10 @@ def check_copied_rows(shape, rows, kind):
     assert "wgmma.mma_async" in made.ptx and "fence.proxy.async" not in made.ptx.split("wgmma.fence")[0]
 
 if sys.argv[1] == "few":
+    check_fragments(SEVEN["gate"], 1, "int4")
+    check_fragments(SEVEN["down"], 1, "int8")
+    check_fragments(SEVEN["qkv"], 8, "int4")
+    check_fragments(SEVEN["qkv"], 16, "int8")
     check_copied_rows(SEVEN["qkv"], 64, "int8")
     check_copied_rows(SEVEN["gate"], 32, "int4")
     check_whole_rows(SMOLLM2["gate"], 16, LaunchConfig("whole_rows", 16, 1024, 8, warps=8, slices=16))

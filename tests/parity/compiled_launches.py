@@ -23,7 +23,7 @@ SHARED_MEMORY = 227 << 10
 
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8",
-    torch.int32: "i32",
+    torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 _TOOLS = os.path.join(triton.__path__[0], "backends", "nvidia", "bin")
 
@@ -126,7 +126,7 @@ def _weight(problem: Problem) -> DeviceWeight:
     if problem.kind == "int4":
         values, words = (
             _meta(outputs, 32 * pairs, dtype=torch.uint8),
-            _meta(2 * pairs, outputs, dtype=torch.int32),
+            _meta(pairs, outputs, dtype=torch.int64),
         )
         return DeviceWeight("int4", outputs, inputs, dtype, values, words)
     return DeviceWeight("dense", outputs, inputs, dtype, _meta(outputs, inputs, dtype=dtype))

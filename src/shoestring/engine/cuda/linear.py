@@ -145,7 +145,7 @@ def _multiply(
         _prefill(product)
         return None
     tuning = tuning or Tuning.of_machine(x.device)
-    config = config or chosen(product, tuning)
+    config = config or chosen(product, workspace, tuning)
     for launch in launches(product, workspace, tuning, config):
         launch.run()
     return left_by(product, config, workspace)

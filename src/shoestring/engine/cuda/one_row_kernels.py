@@ -38,12 +38,13 @@ def _add_int4(
     sums, pairs, scales, chunk, own, scales_stride, even, odd, K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
     inside = (chunk * 64 < K)[None, :]
-    at = scales + 2 * chunk[None, :] * scales_stride + own[:, None]
+    at = scales + chunk[None, :] * scales_stride + own[:, None]
     low, high, offset = wide_nibbles(pairs, PTX, 4)
-    scale, minimum = halves(load(at, inside, EVEN, "evict_first"))
+    words = load(at, inside, EVEN, "evict_first")
+    scale, minimum = halves(words)
     minimum -= offset * scale
     sums += scale * tl.sum(low * even[None, :, :], 2) + minimum * tl.sum(even, 1)[None, :]
-    scale, minimum = halves(load(at + scales_stride, inside, EVEN, "evict_first"))
+    scale, minimum = halves(words >> 32)
     minimum -= offset * scale
     return sums + scale * tl.sum(high * odd[None, :, :], 2) + minimum * tl.sum(odd, 1)[None, :]
 
@@ -226,11 +227,12 @@ def dequantize_kernel(
     own = n.to(tl.int64)[:, None, None]
     within = (n < outputs)[:, None, None]
     even_inside, odd_inside = within & (k < K)[None, :, :], within & (k + 32 < K)[None, :, :]
-    at = scales + (2 if KIND == 4 else 1) * chunk[None, :] * scales_stride + n[:, None]
+    at = scales + chunk[None, :] * scales_stride + n[:, None]
     inside = (n < outputs)[:, None] & (chunk * 64 < K)[None, :]
     to = out + own * out_stride + k[None, :, :]
     kind = out.dtype.element_ty
-    lower, upper = halves(tl.load(at, mask=inside, other=0))
+    words = tl.load(at, mask=inside, other=0)
+    lower, upper = halves(words)
     if KIND == 8:
         rows = values + own * values_stride + k[None, :, :]
         levels = signed(tl.load(rows, mask=even_inside, other=0))
@@ -242,6 +244,6 @@ def dequantize_kernel(
         pairs = tl.load(rows, mask=inside[:, :, None], other=0)
         low = small(pairs & 15) * lower[:, :, None] + upper[:, :, None]
         tl.store(to, low.to(kind), mask=even_inside)
-        lower, upper = halves(tl.load(at + scales_stride, mask=inside, other=0))
+        lower, upper = halves(words >> 32)
         high = small(pairs >> 4) * lower[:, :, None] + upper[:, :, None]
         tl.store(to + 32, high.to(kind), mask=odd_inside)

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from shoestring.engine.cuda.fragments_kernel import fragments_kernel
+from shoestring.engine.cuda.fragments_row_kernel import fragments_row_kernel
 from shoestring.engine.cuda.linear_kernels import few_rows_kernel
 from shoestring.engine.cuda.one_row_kernels import norm_kernel, one_row_kernel
-from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Problem, Tuning
+from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Problem, Tuning, few_rows
 from shoestring.engine.cuda.weights import GROUP, DeviceWeight
 from shoestring.engine.cuda.whole_rows_kernel import whole_rows_kernel
 from shoestring.errors import RequestError
@@ -28,6 +30,7 @@ __all__ = [
     "chosen",
     "launches",
     "left_by",
+    "widest_left",
 ]
 
 _TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -35,8 +38,14 @@ _PTX = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 KIND_BITS = {"dense": 0, "int8": 8, "int4": 4}
 """Bits of a quantised weight, 0 for dense ones: what kernels call KIND."""
 _MOST_PARTS = 256
-_WIDEST_LEFT = 2048
-"""Wider rows are normalised by a kernel in front of the product: a small part of its time, and so measured."""
+
+
+def widest_left(rows: int) -> int:
+    """Wider rows are normalised by a kernel in front of the product: a small part of its time, and so measured.
+
+    One row's few sums of squares are soon read.
+    """
+    return 4096 if rows == 1 else 2048
 
 
 class Norm(Protocol):
@@ -151,15 +160,36 @@ class Launch:
         return {**self.constants, **options}
 
 
-def chosen(product: Product, tuning: Tuning) -> LaunchConfig:
-    """How it is launched by what was measured."""
-    return tuning.config(product.problem, _processors(product.x.device))
+def chosen(product: Product, workspace: LinearWorkspace | None, tuning: Tuning) -> LaunchConfig:
+    """How it is launched by what was measured, or, where these rows are not laid out for that, by what takes any."""
+    processors = _processors(product.x.device)
+    found = tuning.config(product.problem, processors)
+    if found.kernel == "fragments" and not _in_words(product, workspace):
+        return few_rows(product.problem, processors)
+    return found
+
+
+def _in_words(product: Product, workspace: LinearWorkspace | None) -> bool:
+    """Whether rows can be read two numbers at a time: of the computing type, as a norm in front leaves them; aligned."""
+    x, dtype = product.x, product.weight.dtype
+    if dtype not in _PTX:
+        return False
+    if product.norm is not None:
+        return product.scaled is not None or (
+            workspace is not None and workspace.rows(len(x), x.shape[1], dtype) is not None
+        )
+    return x.dtype == dtype and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
 
 
 def left_by(product: Product, config: LaunchConfig, workspace: LinearWorkspace | None) -> ScaledRows | None:
     """Where the product leaves its rows for the norm behind it; None where it does not."""
     rows, width = product.out.shape
-    if product.next_norm is None or width > _WIDEST_LEFT or workspace is None or config.kernel == "one_row":
+    if (
+        product.next_norm is None
+        or width > widest_left(rows)
+        or workspace is None
+        or config.kernel == "one_row"
+    ):
         return None
     if product.norm is not None:
         return None  # what it reads may lie where it would leave its own
@@ -177,12 +207,16 @@ def launches(
     rows, inputs = x.shape
     if not rows:
         return
-    config = config or chosen(product, tuning)
-    if config.kernel == "one_row" and rows != 1:
+    config = config or chosen(product, workspace, tuning)
+    if rows != 1 and (config.kernel == "one_row" or (config.kernel == "fragments" and config.block_m == 1)):
         raise RequestError(f"a one-row launch was chosen for {rows} rows")
     if config.kernel == "whole_rows" and (weight.kind != "dense" or inputs > config.block_k + config.tail):
         raise RequestError(
             f"a launch of {config.block_k + config.tail} dense inputs was chosen for {inputs} of {weight.kind}"
+        )
+    if config.kernel == "fragments" and (weight.kind == "dense" or not _in_words(product, workspace)):
+        raise RequestError(
+            f"a launch of integers and {weight.dtype} rows was chosen for {weight.kind} weights and rows of {x.dtype}"
         )
     interpreted = x.device.type == "cpu"
     pdl = tuning.pdl and not interpreted
@@ -190,7 +224,9 @@ def launches(
     scaled = None if norm is None or config.kernel == "one_row" else product.scaled
     if scaled is not None:
         x, norm = scaled.values, None
-    elif norm is not None and workspace is not None and not config.fuse_norm:
+    elif (
+        norm is not None and workspace is not None and not (config.fuse_norm and config.kernel != "fragments")
+    ):
         normed = workspace.rows(rows, inputs, weight.dtype)
         if normed is not None:
             yield Launch(
@@ -250,6 +286,17 @@ def launches(
         0 if squares is None else squares.stride(0), epsilon,
     )  # fmt: skip
     tiles_m = triton.cdiv(rows, config.block_m)
+    if config.kernel == "fragments":
+        yield _fragments_launch(
+            config, weight,
+            (
+                x, weight.values, first_scales, second.values, second_scales, *around[1:], rows, weight.outputs,
+                x.stride(0), weight.values.stride(0), scales_stride, *strides,
+            ),
+            {**constants, "KIND": KIND_BITS[weight.kind], "PTX": streaming["PTX"]},
+            tiles_m,
+        )  # fmt: skip
+        return
     if config.kernel == "whole_rows":
         yield Launch(
             whole_rows_kernel,
@@ -287,6 +334,36 @@ def launches(
         config.stages,
         config.registers,
     )  # fmt: skip
+
+
+def _fragments_launch(
+    config: LaunchConfig,
+    weight: DeviceWeight,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    tiles_m: int,
+) -> Launch:
+    """A launch by one of two kernels: for one row, or for tiles of several."""
+    row = config.block_m == 1
+    each, share = (256, "BLOCKS") if row else (64, "CHUNKS")
+    unknown = ("HAS_NORM", "ADDS_ONE", "BLOCK_N", *(("BLOCK_M",) if row else ()))
+    tiles_n = triton.cdiv(weight.outputs, config.block_n)
+    return Launch(
+        fragments_row_kernel if row else fragments_kernel,
+        (tiles_n,) if row else (tiles_m, tiles_n),
+        arguments,
+        {
+            **{name: value for name, value in constants.items() if name not in unknown},
+            share: config.block_k // (each * config.warps),
+            "TILES": config.block_n // 16,
+            "WARPS": config.warps,
+            "WHOLE": weight.outputs % config.block_n == 0,
+            "UNROLL": max(1, config.unroll),
+            "AHEAD": config.stages > 1,
+        },
+        config.warps,
+        registers=config.registers,
+    )
 
 
 def _tiles(

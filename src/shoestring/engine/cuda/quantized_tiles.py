@@ -41,12 +41,12 @@ def add_int4(
     inside = chunk * 64 < K
     pairs = load(values + chunk * 32 + tl.arange(0, 32)[None, :], inside, EVEN, "evict_first")
     low, high, offset = nibbles(pairs, COMPUTE, PTX)
-    words = scales + 2 * chunk * scales_stride + n
-    scale, minimum = halves(load(words, inside, EVEN, "evict_first"))
+    words = load(scales + chunk * scales_stride + n, inside, EVEN, "evict_first")
+    scale, minimum = halves(words)
     part = tl.dot(low, even, input_precision="ieee")
     sums += scale[:, None] * part
     sums += (minimum - offset * scale)[:, None] * even_sum
-    scale, minimum = halves(load(words + scales_stride, inside, EVEN, "evict_first"))
+    scale, minimum = halves(words >> 32)
     part = tl.dot(high, odd, input_precision="ieee")
     sums += scale[:, None] * part
     return sums + (minimum - offset * scale)[:, None] * odd_sum
@@ -67,12 +67,12 @@ def add_written(
         both = tl.join(scale, other)[:, :, None]
         weights = (tl.reshape(levels, [BLOCK_N, 2, 32]) * both - offset * both).to(COMPUTE)
     else:
-        words = scales + 2 * chunk * scales_stride + n
+        words = load(scales + chunk * scales_stride + n, inside, EVEN, "evict_first")
         pairs = load(values + chunk * 32 + tl.arange(0, 32)[None, :], inside, EVEN, "evict_first")
         low, high, offset = wide_nibbles(pairs, PTX, 2)
-        scale, minimum = halves(load(words, inside, EVEN, "evict_first"))
+        scale, minimum = halves(words)
         low = low * scale[:, None] + (minimum - offset * scale)[:, None]
-        scale, minimum = halves(load(words + scales_stride, inside, EVEN, "evict_first"))
+        scale, minimum = halves(words >> 32)
         high = high * scale[:, None] + (minimum - offset * scale)[:, None]
         weights = tl.permute(tl.join(low.to(COMPUTE), high.to(COMPUTE)), (0, 2, 1))
     return tl.dot(tl.reshape(weights, [BLOCK_N, 64]), right, sums, input_precision="ieee")

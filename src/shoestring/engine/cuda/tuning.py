@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,18 @@ import torch
 
 from shoestring.errors import RequestError, suggest
 
-__all__ = ["MAX_ROWS", "TUNED", "LaunchConfig", "Problem", "Tuning", "candidates", "heuristic", "of_gpu"]
+__all__ = [
+    "MAX_ROWS",
+    "TUNED",
+    "LaunchConfig",
+    "Problem",
+    "Tuning",
+    "few_rows",
+    "heuristic",
+    "of_gpu",
+    "one_row",
+    "split_to_fill",
+]
 
 MAX_ROWS = 256
 """More rows than this are a prefill's, and go to the library's product."""
@@ -32,11 +42,12 @@ class LaunchConfig:
     """How one product is launched.
 
     Args:
-        kernel: "one_row" (ordinary cores), "few_rows" (tensor cores) or "whole_rows" (these, all inputs in one trip).
+        kernel: "one_row" (ordinary cores), "few_rows" (tensor cores), "whole_rows" (these, all inputs in one trip) or
+            "fragments" (these, quantised weights straight into their registers; for rows of the computing type).
         block_n, block_k, block_m: outputs, inputs and rows of a tile.
         split_k: programs that share a tile's inputs; needs a workspace.
-        warps, stages: as Triton has them.
-        unroll: one_row's trips that are laid out together; 0: all.
+        warps, stages: as Triton has them; fragments' stages: 2 to fetch a trip's weights while the one before is computed.
+        unroll: one_row's and fragments' trips that are laid out together; 0: all of one_row's.
         lines: under programmatic launch, lines of 128 bytes of each row that are fetched into the L2 cache in advance.
         fuse_norm: take an RMSNorm on the way; else a small kernel in front does (needs a workspace).
         ptx: unpack integers by hand-written instructions.
@@ -186,17 +197,63 @@ def heuristic(problem: Problem, processors: int = 132, *, copies: bool = False) 
     """A configuration that should do for any shape. `copies`: the GPU has Hopper's copy engine."""
     if copies and problem.quantised and problem.tile_rows >= 32 and problem.compute != torch.float32:
         block_m = min(problem.tile_rows, 64)
-        split_k = _split_to_fill(problem, 64, 64, 4 * processors)
+        split_k = split_to_fill(problem, 64, 64, 4 * processors)
         return LaunchConfig(
             "few_rows", 64, 64, block_m, split_k, stages=4, lines=2, fuse_norm=False, written=True, tma=True
         )
+    if problem.quantised and problem.compute != torch.float32:
+        if problem.rows == 1:
+            return _fragments_of_a_row(problem, processors)
+        if problem.bucket <= 16 and problem.inputs > 2048:
+            return _fragments_of_rows(problem, processors)
     # Unpacking wide rows is the tensor cores' work: they take quantised weights as integers.
     if problem.rows == 1 and (not problem.quantised or problem.inputs <= 2048):
-        return _one_row(problem, processors)
-    return _few_rows(problem, processors)
+        return one_row(problem, processors)
+    return few_rows(problem, processors)
 
 
-def _one_row(problem: Problem, processors: int) -> LaunchConfig:
+def _fragments_of_a_row(problem: Problem, processors: int) -> LaunchConfig:
+    """Two tiles of 16 outputs (one where outputs are few or matrices two), and warps enough to have much under way."""
+    block_n = 16 if problem.gated or problem.outputs < 32 * processors else 32
+    warps = _warps_to_fill(problem, block_n, processors)
+    while 256 * warps >= 2 * problem.inputs and warps > 1:
+        warps //= 2
+    blocks = (
+        2 if warps == 8 and 2048 < problem.inputs <= 4096 and problem.kind == "int4" else 1
+    )  # all at once
+    trips = -(-problem.inputs // (256 * warps * blocks))
+    unroll = 2 if problem.kind == "int4" and trips >= 4 and warps < 8 else 1
+    return LaunchConfig(
+        "fragments", block_n, 256 * warps * blocks, 1, warps=warps, stages=2, unroll=unroll, fuse_norm=False
+    )
+
+
+def _fragments_of_rows(problem: Problem, processors: int) -> LaunchConfig:
+    """Up to 16 rows. With more than 8 there are registers for the weights of one trip, not of two."""
+    many = problem.bucket > 8
+    block_n = 16 if many or problem.gated or problem.outputs < 32 * processors else 32
+    warps = max(_warps_to_fill(problem, block_n, processors), 2 if many else 4)
+    chunks = (4 if warps < 8 and not problem.gated else 2) if many else (1 if problem.gated else 2)
+    block_m = 16 if many else 8
+    return LaunchConfig(
+        "fragments",
+        block_n,
+        64 * warps * chunks,
+        block_m,
+        warps=warps,
+        stages=1 if many else 2,
+        fuse_norm=False,
+    )
+
+
+def _warps_to_fill(problem: Problem, block_n: int, processors: int) -> int:
+    """Warps of a program such that there are some eight for each multiprocessor."""
+    tiles = -(-problem.outputs // block_n)
+    return next((warps for warps in (2, 4) if tiles * warps >= 8 * processors), 8)
+
+
+def one_row(problem: Problem, processors: int = 132) -> LaunchConfig:
+    """A launch of the kernel that takes one row, on the ordinary cores."""
     outputs, inputs = problem.outputs, problem.inputs
     block_n = 4
     while block_n < 8 and outputs >= 64 * processors * block_n:
@@ -209,7 +266,8 @@ def _one_row(problem: Problem, processors: int) -> LaunchConfig:
     return LaunchConfig("one_row", block_n, block_k, 1, warps=4, stages=1, unroll=unroll, lines=8)
 
 
-def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
+def few_rows(problem: Problem, processors: int = 132) -> LaunchConfig:
+    """A launch of the kernel that takes any product."""
     outputs, inputs = problem.outputs, problem.inputs
     rows = max(8, problem.tile_rows)
     wide = problem.compute == torch.float32  # no tensor cores
@@ -242,193 +300,7 @@ def _few_rows(problem: Problem, processors: int) -> LaunchConfig:
     )
 
 
-def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[LaunchConfig]:
-    """Configurations worth measuring, the heuristic's first: at most `most` near it (of quantised weights a third of that),
-    and those that just fill the card.
-    """
-    near = _near_heuristic(problem, processors)[: most // 3 if problem.quantised else most]
-    others = [kind(problem, processors) for kind in (_filling, _unpacking, _cut_by_rows, _whole_rows)]
-    return list(dict.fromkeys(chain(near, _by_slices(problem), *others)))
-
-
-def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
-    """Launches of just so many programs as run at once, with as much under way as fits."""
-    if problem.compute == torch.float32 or problem.quantised or problem.bucket < 16:
-        return []
-    rows, itemsize = problem.tile_rows, problem.row_bytes / problem.inputs / (2 if problem.gated else 1)
-    block_m = min(rows, 64)
-    found = []
-    for block_n, block_k, together in product((64, 128, 256), (64, 128, 256), (1, 2, 3)):
-        tiles = -(-problem.outputs // block_n) * -(-rows // block_m)
-        stage = (block_n * itemsize * (2 if problem.gated else 1) + 2 * block_m) * block_k
-        stages = min(8, int(220_000 / together / stage))
-        split_k = max(1, together * processors // tiles)
-        trips = -(-problem.inputs // block_k)
-        if stages < 2 or (split_k > 1 and trips < 4 * split_k):
-            continue
-        base = LaunchConfig(
-            "few_rows", block_n, block_k, block_m, split_k, 4, stages, lines=2, fuse_norm=False
-        )
-        if block_k < 256:
-            found.append(replace(base, tma=True))
-            if block_n > 64:
-                found.append(replace(base, tma=True, warps=8))
-            if block_n == 128:
-                found += [base, replace(base, warps=8)]
-    return found
-
-
-def _unpacking(problem: Problem, processors: int) -> list[LaunchConfig]:
-    """Several rows, quantised weights: enough programs that some unpack while others wait."""
-    if not problem.quantised or problem.compute == torch.float32 or problem.rows == 1:
-        return []
-    block_m = min(max(8, problem.tile_rows), 64)
-    found = []
-    if block_m >= 16:
-        shapes = product(((64, 64, 4), (128, 64, 4), (64, 128, 3), (128, 128, 3)), (2, 3, 4))
-        for (block_n, block_k, stages), programs in shapes:
-            split_k = _split_to_fill(problem, block_n, block_k, programs * processors)
-            wide = block_n * block_m * (2 if problem.gated else 1) > 64 * 64
-            for registers in (0, 128) if wide else (0,):
-                found.append(
-                    LaunchConfig(
-                        "few_rows", block_n, block_k, block_m, split_k, 4, stages, lines=2, fuse_norm=False,
-                        written=True, tma=True, registers=registers,
-                    )
-                )  # fmt: skip
-    if block_m <= 16:
-        for warps, (block_k, stages), programs in product((1, 2), ((64, 5), (128, 4)), (16, 24)):
-            split_k = _split_to_fill(problem, 32 * warps, block_k, programs // warps * processors)
-            found.append(
-                LaunchConfig(
-                    "few_rows", 32 * warps, block_k, block_m, split_k, warps, stages, lines=2, fuse_norm=False
-                )
-            )
-    return found
-
-
-def _split_to_fill(problem: Problem, block_n: int, block_k: int, programs: int) -> int:
+def split_to_fill(problem: Problem, block_n: int, block_k: int, programs: int) -> int:
     """Shares of a sum that make for about so many programs, none of them with less than six trips."""
     tiles, trips = -(-problem.outputs // block_n), -(-problem.inputs // block_k)
     return max(1, min(round(programs / tiles), trips // 6))
-
-
-def _cut_by_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
-    """Many rows with a small matrix: its tiles are read anew for each tile of rows, from the L2 cache, by programs that
-    would otherwise be missing.
-    """
-    rows = problem.bucket
-    if problem.quantised or problem.compute == torch.float32 or not 16 <= rows <= 64:
-        return []
-    found = []
-    for block_m, block_n, block_k, split_k, fuse_norm in product(
-        (8, 16, 32, 64), (16, 32, 64), (64, 128), (1, 2, 4), (False, True)
-    ):
-        tiles = -(-problem.outputs // block_n)
-        programs = tiles * -(-rows // block_m) * split_k
-        trips = -(-problem.inputs // block_k)
-        too_large = block_m > rows or tiles > processors or trips < 2 * split_k
-        if too_large or not processors // 4 <= programs <= 3 * processors:
-            continue
-        stages = 6 if block_k == 64 else 4
-        warps = 4 if block_n >= 64 else block_n // 16
-        found.append(
-            LaunchConfig(
-                "few_rows", block_n, block_k, block_m, split_k, warps, min(stages, trips), lines=2, fuse_norm=fuse_norm
-            )
-        )  # fmt: skip
-    return found
-
-
-def _whole_rows(problem: Problem, processors: int) -> list[LaunchConfig]:
-    """A few rows with a narrow matrix: all inputs in one trip, whose weights come while the kernel in front ends."""
-    rows, inputs = problem.bucket, problem.inputs
-    if problem.quantised or problem.compute == torch.float32 or not 8 <= rows <= 64 or inputs > 2048:
-        return []
-    heights = (8, 16, 32) if rows <= 32 else (16, 32)
-    fuse_norm = heuristic(problem, processors).fuse_norm
-    found = []
-    for block_m, block_n, warps in product(heights, (16, 32), (2, 4, 8, 16)):
-        programs = -(-problem.outputs // block_n) * -(-rows // block_m)
-        if block_m > rows or not processors // 4 <= programs <= 3 * processors:
-            continue
-        for block_k, tail, slices in _slices(inputs, warps):
-            # Weights and rows, by a program's threads.
-            held = (block_k + tail) * (block_n * (2 if problem.gated else 1) + block_m)
-            if held <= 12288 * warps:
-                found.append(
-                    LaunchConfig(
-                        "whole_rows", block_n, block_k, block_m, warps=warps, fuse_norm=fuse_norm, slices=slices, tail=tail
-                    )
-                )  # fmt: skip
-    return found
-
-
-def _slices(inputs: int, warps: int) -> list[tuple[int, int, int]]:
-    """Inputs in front of a tail, in it, and slices of both, each for a warp or two: of at least 16 inputs in each part."""
-    whole = 1 << (inputs - 1).bit_length()
-    found = [(whole, 0, whole // size) for size in (32, 64)]
-    most = whole // 2
-    for slices in (max(warps // 2, 1), warps, 2 * warps):
-        tail = max(1 << (inputs - most - 1).bit_length(), 16 * slices)
-        if tail < most:
-            found.append((most, tail, slices))
-    return found
-
-
-def _by_slices(problem: Problem) -> list[LaunchConfig]:
-    """One row, quantised weights: each thread takes its slice of the inputs through all outputs of a tile."""
-    if not problem.quantised or problem.rows != 1:
-        return []
-    found = []
-    for warps, block_n in product((1, 2, 4), (4, 8, 16)):
-        block_k = (1024 if problem.kind == "int4" else 512) * warps
-        trips = -(-problem.inputs // block_k)
-        one = LaunchConfig("one_row", block_n, block_k, 1, warps=warps, stages=1, lines=8)
-        if trips <= 4:
-            found.append(one)
-        if trips > 1:
-            found.append(replace(one, unroll=4))
-    return found
-
-
-def _near_heuristic(problem: Problem, processors: int) -> list[LaunchConfig]:
-    found = [heuristic(problem, processors)]
-    outputs, inputs = problem.outputs, problem.inputs
-    few = _few_rows(problem, processors)
-    if problem.rows == 1:
-        one = _one_row(problem, processors)
-        found.append(one)
-        for block_n in (2, 4, 8, 16):
-            if outputs // block_n >= processors // 2:
-                found.append(replace(one, block_n=block_n))
-        found += [replace(one, warps=one.warps * 2), replace(one, warps=max(1, one.warps // 2))]
-        if one.block_k < inputs:
-            found += [
-                replace(one, unroll=2),
-                replace(one, block_n=8, unroll=4),
-                replace(one, block_n=2, unroll=0),
-            ]
-        found += [few, replace(few, fuse_norm=not few.fuse_norm)]
-        if problem.quantised:
-            found.insert(3, few)
-    found += [replace(few, split_k=1), replace(few, fuse_norm=not few.fuse_norm)]
-    if few.split_k * 2 * few.block_k <= inputs:
-        found.append(replace(few, split_k=2 * few.split_k))
-    for block_n, warps in ((16, 1), (32, 2), (64, 4), (128, 4), (128, 8)):
-        if (block_n >= 128 and problem.bucket < 32) or (block_n <= 16 and outputs > 128 * processors):
-            continue
-        tiles = -(-outputs // block_n)
-        split_k = 1
-        while tiles * split_k * 2 <= few.split_k * -(-outputs // few.block_n) and split_k < 16:
-            split_k *= 2
-        found.append(
-            replace(few, block_n=block_n, warps=max(warps, 4 if few.block_m >= 64 else 1), split_k=split_k)
-        )
-        if block_n in (32, 64):
-            found.append(replace(found[-1], stages=min(8, few.stages + 2)))
-    if inputs % 256 == 0:
-        found.append(replace(few, block_k=2 * few.block_k, stages=max(2, few.stages // 2)))
-    if few.block_k == 128:
-        found.append(replace(few, block_k=64, stages=min(8, 2 * few.stages)))
-    return list(dict.fromkeys(found))

@@ -10,7 +10,7 @@ for float32.
 import triton
 import triton.language as tl
 
-__all__ = ["halves", "nibbles", "signed", "small", "wide_bytes", "wide_nibbles"]
+__all__ = ["halves", "nibbles", "signed", "small", "spread_nibbles", "wide_bytes", "wide_nibbles"]
 
 # Four bytes, eight nibbles -> eight numbers: a nibble becomes the last bits of 128 (bfloat16) or 1024 (float16).
 _NIBBLES = """{
@@ -26,6 +26,32 @@ lop3.b32 $3, b, 0x000F000F, MAGIC, 0xEA;
 }"""
 _NIBBLES_BF16: tl.constexpr = tl.constexpr(_NIBBLES.replace("MAGIC", "0x43004300"))
 _NIBBLES_FP16: tl.constexpr = tl.constexpr(_NIBBLES.replace("MAGIC", "0x64006400"))
+
+# The same where any order will do: of two bytes' low halves, then of their high ones.
+_SPREAD = """{
+.reg .b32 a, b, c;
+shr.u32 a, $4, 8;
+shr.u32 b, $4, 4;
+shr.u32 c, $4, 12;
+lop3.b32 $0, $4, 0x000F000F, MAGIC, 0x6A;
+lop3.b32 $1, a, 0x000F000F, MAGIC, 0x6A;
+lop3.b32 $2, b, 0x000F000F, HIGH, 0x6A;
+lop3.b32 $3, c, 0x000F000F, HIGH, 0x6A;
+}"""
+
+
+def _spread(low: int, high: int) -> tl.constexpr:
+    """What the halves become the last bits of, by exclusive or."""
+    return tl.constexpr(
+        _SPREAD.replace("MAGIC", f"0x{low:04X}{low:04X}").replace("HIGH", f"0x{high:04X}{high:04X}")
+    )
+
+
+_SPREAD_INT4_BF16: tl.constexpr = _spread(0x4300, 0x4300)
+_SPREAD_INT4_FP16: tl.constexpr = _spread(0x6400, 0x6400)
+# The last bits of 2048 (bfloat16) and 16384 (float16) count sixteen; the fourth one has int8's sign the other way round.
+_SPREAD_INT8_BF16: tl.constexpr = _spread(0x4300, 0x4508)
+_SPREAD_INT8_FP16: tl.constexpr = _spread(0x6400, 0x7408)
 
 
 def _as_floats(outputs: range, source: str, head: str, place: int) -> list[str]:
@@ -114,7 +140,7 @@ def wide_nibbles(pairs, PTX: tl.constexpr, PACK: tl.constexpr):
 
 @triton.jit
 def halves(words):
-    """Two float16 out of 32 bits, as float32: the lower and the upper."""
+    """Two float16 out of a word's last 32 bits, as float32: the lower and the upper."""
     lower = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     upper = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return lower, upper
@@ -137,3 +163,58 @@ def nibbles(pairs, COMPUTE: tl.constexpr, PTX: tl.constexpr):
         low, high = (pairs & 15).to(COMPUTE), (pairs >> 4).to(COMPUTE)
         offset = 0.0
     return low, high, offset
+
+
+@triton.jit
+def spread_nibbles(words, KIND: tl.constexpr, COMPUTE: tl.constexpr, PTX: tl.constexpr):
+    """Low and high halves of words' four bytes, exact in COMPUTE ([.., 2, 2]: [i, j] is of byte i + 2 j), and an offset.
+
+    KIND 4: each is the offset above what it is. 8: both together are the offset above what the int8 is.
+    """
+    if PTX != "":
+        if KIND == 8:
+            a, b, c, d = tl.inline_asm_elementwise(
+                _SPREAD_INT8_BF16 if PTX == "bf16" else _SPREAD_INT8_FP16, "=r,=r,=r,=r,r", [words],
+                (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+            )  # fmt: skip
+            offset = 128.0 + 2048.0 + 128.0 if PTX == "bf16" else 1024.0 + 16384.0 + 128.0
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                _SPREAD_INT4_BF16 if PTX == "bf16" else _SPREAD_INT4_FP16, "=r,=r,=r,=r,r", [words],
+                (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+            )  # fmt: skip
+            offset = 128.0 if PTX == "bf16" else 1024.0
+        low, high = pairs(tl.join(a, b), COMPUTE), pairs(tl.join(c, d), COMPUTE)
+    else:
+        both = tl.join(words, words >> 8)
+        low, high = _small_pairs(both, COMPUTE), _small_pairs(both >> 4, COMPUTE)
+        offset = 0.0
+        if KIND == 8:  # 8 to 15 are negative
+            high = tl.where(high < 8, high, high - 16) * 16
+    return low, high.to(COMPUTE), offset
+
+
+@triton.jit
+def ones_like(words, COMPUTE: tl.constexpr, PTX: tl.constexpr):
+    """Ones where `spread_nibbles` has halves of the words' bytes. Made the same way, so that they are laid out alike."""
+    if PTX == "bf16":
+        both = tl.inline_asm_elementwise("mov.b32 $0, 0x3F803F80;", "=r,r", [words], tl.int32, True, 1)
+        ones = pairs(tl.join(both, both), COMPUTE)
+    elif PTX == "fp16":
+        both = tl.inline_asm_elementwise("mov.b32 $0, 0x3C003C00;", "=r,r", [words], tl.int32, True, 1)
+        ones = pairs(tl.join(both, both), COMPUTE)
+    else:
+        ones = _small_pairs(tl.join(words * 0 + 0x10001, words * 0 + 0x10001), COMPUTE)
+    return ones
+
+
+@triton.jit
+def pairs(words, COMPUTE: tl.constexpr):
+    lower = (words & 0xFFFF).to(tl.uint16).to(COMPUTE, bitcast=True)
+    upper = ((words >> 16) & 0xFFFF).to(tl.uint16).to(COMPUTE, bitcast=True)
+    return tl.join(lower, upper)
+
+
+@triton.jit
+def _small_pairs(words, COMPUTE: tl.constexpr):
+    return tl.join((words & 15).to(COMPUTE), ((words >> 16) & 15).to(COMPUTE))

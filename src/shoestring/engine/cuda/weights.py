@@ -3,8 +3,8 @@
 The numbers are those of the CPU's tiles (`quantization`, native/quantized_pack.cpp): w = d * q in int8, w = d * q + m in
 int4, d and m in float16, chosen by the same search in the same order of operations. Only the layout differs: a row's
 integers lie together, so that 32 bytes (one sector of memory) are 32 int8 inputs of one group, or 64 int4 inputs of two
-neighbouring groups, the first in the low halves of the bytes. Scales are words of 32 bits, so that they can be fetched
-ahead like the weights, and group-major: a tile of outputs reads them together.
+neighbouring groups, the first in the low halves of the bytes. All scales of these 64 inputs make one word, so that they can
+be fetched ahead like the weights, and lie together for neighbouring outputs: a tile of them reads them together.
 """
 
 from collections.abc import Sequence
@@ -34,9 +34,9 @@ class DeviceWeight:
         outputs, inputs: N and K.
         dtype: what products with it are computed in: bfloat16, float16 or float32.
         values: dense [N, K]; int8 [N, K] int8; int4 [N, bytes] uint8, 32 bytes for each two groups.
-        scales: int32, two float16 in a word. int8 [groups / 2, N]: the scales of two neighbouring groups, the first in
-            the lower half; int4 [groups, N]: a group's scale and, above it, its minimum. Groups are K / 32 rounded up
-            to an even number (the added one is zero).
+        scales: [groups / 2, N], float16 in a word, the first one lowest: int8's words are int32, the scales of two
+            neighbouring groups; int4's are int64, each group's scale and minimum. Groups are K / 32 rounded up to an
+            even number (the added one is zero).
     """
 
     kind: str
@@ -64,10 +64,17 @@ class DeviceWeight:
         dtype = dtype or self.dtype
         if scales is None:
             return values.to(dtype)
-        halves = scales.contiguous().view(torch.float16).float().unflatten(1, (-1, 2)).transpose(0, 1)
+        halves = (
+            scales.contiguous()
+            .view(torch.float16)
+            .float()
+            .unflatten(1, (scales.shape[1], -1))
+            .transpose(0, 1)
+        )
         if self.kind == "int8":
             levels = values.unflatten(1, (-1, GROUP)).float()
             return (levels * halves.flatten(1)[:, : levels.shape[1], None]).flatten(1).to(dtype)
+        halves = halves.unflatten(2, (2, 2)).flatten(1, 2)
         pairs = values.unflatten(1, (-1, 1, GROUP))
         levels = torch.cat([pairs & 15, pairs >> 4], 2).flatten(1, 2).float()
         found = levels * halves[:, :, :1] + halves[:, :, 1:]
@@ -145,6 +152,6 @@ def _int4(
     odd = groups % 2
     pairs = torch.nn.functional.pad(levels, (0, 0, 0, odd)).unflatten(1, (-1, 2))
     values = pairs[:, :, 0] | pairs[:, :, 1] << 4
-    words = torch.stack([scales, minima], 2).contiguous().view(torch.int32).squeeze(2)
-    words = torch.nn.functional.pad(words, (0, odd)).T.contiguous()
+    words = torch.nn.functional.pad(torch.stack([scales, minima], 2), (0, 0, 0, odd))
+    words = words.flatten(1).contiguous().view(torch.int64).T.contiguous()
     return DeviceWeight("int4", outputs, inputs, dtype, values.flatten(1).contiguous(), words)
