@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoestring.engine.cuda.candidates import candidates
 from shoestring.engine.cuda.linear import gated_linear, linear, linear_twin
-from shoestring.engine.cuda.products import LinearWorkspace, Product, chosen, launches
+from shoestring.engine.cuda.products import LinearWorkspace, Product, chosen, launches, widest_left
 from shoestring.engine.cuda.tuning import LaunchConfig, Problem, Tuning, heuristic, of_gpu
 from shoestring.engine.cuda.weights import pack_weight
 from shoestring.errors import RequestError
@@ -240,6 +240,49 @@ def test_rows_are_left_for_the_next_norm(workspace, first, second, adds_one):
     gated_linear(nowhere, *weights[1:], out, scaled=scaled, **extras)
     assert_near(out, middle, *weights[1:], norm=norm, activation="silu")
     assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "second"),
+    [
+        (1, "row", "row"),
+        (1, "row", "rows"),
+        (3, "rows", "rows"),
+        (3, "rows", "few"),
+        (1, "few", "row"),
+    ],
+)
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_rows_are_left_by_fragments_and_for_them(workspace, quantize, rows, first, second):
+    configs = {"row": FRAGMENT_ROW, "rows": FRAGMENTS, "few": FEW}
+    x, residual = random(rows, 160).half(), random(rows, 96, seed=3)
+    weights = [pack_weight(random(96, 160), quantize, torch.float16)]
+    weights += [pack_weight(random(40, 96, seed=seed), quantize, torch.float16) for seed in (1, 2)]
+    norm, middle = RowNorm(random(96, seed=1), adds_one=True), residual.clone()
+    scaled = linear(
+        x, weights[0], middle, residual=middle, next_norm=norm, workspace=workspace, config=configs[first]
+    )
+    expected = linear_twin(x.float(), weights[0], residual=residual)
+    assert (middle - expected).norm() / expected.norm() < 1e-3
+    torch.testing.assert_close(scaled.squares.sum(0), middle.square().sum(1))
+    out = torch.full((rows, 40), float("nan"), device=DEVICE)
+    nowhere = torch.full_like(middle, float("nan"))  # the rows are read from where they were left
+    gated_linear(
+        nowhere, *weights[1:], out, norm=norm, scaled=scaled, workspace=workspace, config=configs[second]
+    )
+    expected = linear_twin(middle, *weights[1:], norm=norm, activation="silu")
+    assert (out - expected).norm() / expected.norm() < 2e-3
+
+
+def test_one_row_is_left_where_several_are_too_wide(workspace):
+    weight, norm = pack_weight(random(2560, 64), "int4", torch.float16), RowNorm(random(2560, seed=1))
+    wide = LinearWorkspace.allocate(DEVICE, width=2560, shares=1 << 20)
+    for rows, left in ((1, True), (2, False)):
+        x, out = random(rows, 64).half(), torch.empty(rows, 2560, device=DEVICE)
+        config = replace(FRAGMENT_ROW if rows == 1 else FRAGMENTS, block_n=64)
+        found = linear(x, weight, out, next_norm=norm, workspace=wide, config=config)
+        assert (found is not None) == left
+    assert widest_left(1) > 2560 > widest_left(2)
 
 
 def test_rows_are_not_left_where_the_next_product_does_not_want_them(workspace):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoestring.engine.cuda.linear_kernels import added_to, finish, gains_of, left_squares
+from shoestring.engine.cuda.linear_kernels import left_squares, load_and_finish
 from shoestring.engine.cuda.tile_loads import load, wrapped
 from shoestring.engine.cuda.unpack_kernels import halves, ones_like, pairs, spread_nibbles
 
@@ -189,18 +189,8 @@ def fragments_kernel(
     )
     if GATED:
         second, second_scales = _begin(
-            second,
-            second_scales,
-            first_n,
-            outputs,
-            values_stride,
-            scales_stride,
-            KIND,
-            TILES,
-            CHUNKS,
-            WARPS,
-            WHOLE,
-        )
+            second, second_scales, first_n, outputs, values_stride, scales_stride, KIND, TILES, CHUNKS, WARPS, WHOLE
+        )  # fmt: skip
     if AHEAD:
         even_words, odd_words, scales = _fetch(
             first, first_scales, 0, scales_stride, KIND, K, EVEN, CHUNKS, WARPS
@@ -258,16 +248,12 @@ def fragments_kernel(
             if AHEAD and TRIPS > 1:
                 more_even, more_odd, more_scales = next_even, next_odd, next_scales
     n = first_n + tl.arange(0, 16 * TILES)
-    biases, gains = gains_of(bias, next_gain, n, outputs, HAS_BIAS, LEAVES, NEXT_ADDS_ONE)
     total = _joined(sums, TILES, CHUNKS, WARPS, BLOCK_M)
-    added = total
-    if HAS_RESIDUAL:
-        added = added_to(residual, n, m, rows, outputs, residual_stride)
     second_total = total
     if GATED:
         second_total = _joined(other, TILES, CHUNKS, WARPS, BLOCK_M)
-    finish(
-        total, second_total, squares, biases, added, gains, out, next_values, next_squares, n, m, tl.program_id(1), rows,
-        outputs, out_stride, next_stride, squares_stride, epsilon,
-        K, GATED, PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, LEAVES,
+    load_and_finish(
+        total, second_total, squares, parts, bias, residual, out, next_gain, next_values, next_squares, n, m, rows,
+        outputs, residual_stride, out_stride, next_stride, squares_stride, epsilon,
+        K, GATED, PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, 0, 1, LEAVES, NEXT_ADDS_ONE,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shoestring.engine.cuda.fragments_kernel import outputs_of, places
-from shoestring.engine.cuda.linear_kernels import added_to, finish, gains_of, left_squares
+from shoestring.engine.cuda.linear_kernels import left_squares, load_and_finish
 from shoestring.engine.cuda.tile_loads import load
 from shoestring.engine.cuda.unpack_kernels import halves, ones_like, pairs, spread_nibbles
 
@@ -143,10 +143,10 @@ def fragments_row_kernel(
     WHOLE: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of 16 * TILES outputs,). The row x is of the type COMPUTE; the rest is `few_rows_kernel`'s."""
+    """Grid (1, tiles of 16 * TILES outputs). The row x is of the type COMPUTE; the rest is `few_rows_kernel`'s."""
     TRIPS: tl.constexpr = (K + 256 * BLOCKS * WARPS - 1) // (256 * BLOCKS * WARPS)
     EVEN: tl.constexpr = K == 256 * BLOCKS * WARPS * TRIPS
-    first_n = tl.program_id(0) * (16 * TILES)
+    first_n = tl.program_id(1) * (16 * TILES)
     if PDL and not LATE:
         gdc_launch_dependents()
     first, first_scales = _begin(
@@ -154,18 +154,8 @@ def fragments_row_kernel(
     )
     if GATED:
         second, second_scales = _begin(
-            second,
-            second_scales,
-            first_n,
-            outputs,
-            values_stride,
-            scales_stride,
-            KIND,
-            TILES,
-            BLOCKS,
-            WARPS,
-            WHOLE,
-        )
+            second, second_scales, first_n, outputs, values_stride, scales_stride, KIND, TILES, BLOCKS, WARPS, WHOLE
+        )  # fmt: skip
     if AHEAD:
         even_words, odd_words, scales = _fetch(
             first, first_scales, 0, scales_stride, KIND, K, EVEN, BLOCKS, WARPS
@@ -233,16 +223,12 @@ def fragments_row_kernel(
             )  # fmt: skip
             if AHEAD and TRIPS > 1:
                 more_even, more_odd, more_scales = next_even, next_odd, next_scales
-    biases, gains = gains_of(bias, next_gain, n, outputs, HAS_BIAS, LEAVES, NEXT_ADDS_ONE)
     total = _joined(sums, TILES, BLOCKS, WARPS)
-    added = total
-    if HAS_RESIDUAL:
-        added = added_to(residual, n, m, 1, outputs, residual_stride)
     second_total = total
     if GATED:
         second_total = _joined(other, TILES, BLOCKS, WARPS)
-    finish(
-        total, second_total, squares, biases, added, gains, out, next_values, next_squares, n, m, tl.program_id(0), 1,
-        outputs, out_stride, next_stride, squares_stride, epsilon,
-        K, GATED, PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, LEAVES,
+    load_and_finish(
+        total, second_total, squares, parts, bias, residual, out, next_gain, next_values, next_squares, n, m, 1,
+        outputs, residual_stride, out_stride, next_stride, squares_stride, epsilon,
+        K, GATED, PARTS > 0, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, 0, 1, LEAVES, NEXT_ADDS_ONE,
     )  # fmt: skip

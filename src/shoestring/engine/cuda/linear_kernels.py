@@ -23,7 +23,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from shoestring.engine.cuda.quantized_tiles import add_int4, add_int8, add_written
 from shoestring.engine.cuda.tile_loads import load, pairs_of_x, prefetch, rows_of_x, wrapped
 
-__all__ = ["few_rows_kernel"]
+__all__ = [
+    "activated",
+    "added_to",
+    "few_rows_kernel",
+    "finish",
+    "gains_of",
+    "left_squares",
+    "load_and_finish",
+]
 
 
 @triton.jit
@@ -110,7 +118,7 @@ def finish(
 
 
 @triton.jit
-def _load_and_finish(
+def load_and_finish(
     sums, other, squares, parts, bias, residual, out, next_gain, next_values, next_squares, n, m, rows, outputs,
     residual_stride, out_stride, next_stride, squares_stride, epsilon,
     K: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -259,7 +267,7 @@ def few_rows_kernel(
 
     squares = tl.sum(squares, 1)
     if SPLIT_K == 1:
-        _load_and_finish(
+        load_and_finish(
             sums, other, squares, parts, bias, residual, out, next_gain, next_values, next_squares, n, m, rows, outputs,
             residual_stride, out_stride, next_stride, squares_stride, epsilon,
             K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, PARTS, MOST_PARTS, LEAVES, NEXT_ADDS_ONE,
@@ -290,7 +298,7 @@ def few_rows_kernel(
                     other += tl.load(base + share * SHARE + SIZE + cell, cache_modifier=".cg")
                 if HAS_NORM:
                     squares += tl.load(base + share * SHARE + column, cache_modifier=".cg")
-            _load_and_finish(
+            load_and_finish(
                 sums, other, squares, parts, bias, residual, out, next_gain, next_values, next_squares, n, m, rows, outputs,
                 residual_stride, out_stride, next_stride, squares_stride, epsilon,
                 K, GATED, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, PARTS, MOST_PARTS, LEAVES, NEXT_ADDS_ONE,

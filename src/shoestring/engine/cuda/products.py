@@ -350,7 +350,7 @@ def _fragments_launch(
     tiles_n = triton.cdiv(weight.outputs, config.block_n)
     return Launch(
         fragments_row_kernel if row else fragments_kernel,
-        (tiles_n,) if row else (tiles_m, tiles_n),
+        (tiles_m, tiles_n),
         arguments,
         {
             **{name: value for name, value in constants.items() if name not in unknown},
