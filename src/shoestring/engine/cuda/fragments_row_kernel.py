@@ -196,20 +196,9 @@ def fragments_row_kernel(
                 first, first_scales, behind, scales_stride, KIND, K, EVEN, BLOCKS, WARPS
             )
         sums = _multiplied(
-            sums,
-            even_words,
-            odd_words,
-            scales,
-            even,
-            odd,
-            inputs_sum,
-            KIND,
-            TILES,
-            BLOCKS,
-            WARPS,
-            COMPUTE,
-            PTX,
-        )
+            sums, even_words, odd_words, scales, even, odd, inputs_sum,
+            KIND, TILES, BLOCKS, WARPS, COMPUTE, PTX,
+        )  # fmt: skip
         if AHEAD and TRIPS > 1:
             even_words, odd_words, scales = next_even, next_odd, next_scales
         if GATED:
