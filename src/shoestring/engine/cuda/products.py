@@ -12,7 +12,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoestring.engine.cuda.fragments_kernel import fragments_kernel
-from shoestring.engine.cuda.fragments_row_kernel import fragments_row_kernel
 from shoestring.engine.cuda.linear_kernels import few_rows_kernel
 from shoestring.engine.cuda.one_row_kernels import norm_kernel, one_row_kernel
 from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Problem, Tuning, few_rows
@@ -287,14 +286,26 @@ def launches(
     )  # fmt: skip
     tiles_m = triton.cdiv(rows, config.block_m)
     if config.kernel == "fragments":
-        yield _fragments_launch(
-            config, weight,
+        constants = {
+            name: value
+            for name, value in constants.items()
+            if name not in ("HAS_NORM", "ADDS_ONE", "BLOCK_N")
+        }
+        yield Launch(
+            fragments_kernel,
+            (tiles_m, tiles_n),
             (
                 x, weight.values, first_scales, second.values, second_scales, *around[1:], rows, weight.outputs,
                 x.stride(0), weight.values.stride(0), scales_stride, *strides,
             ),
-            {**constants, "KIND": KIND_BITS[weight.kind], "PTX": streaming["PTX"]},
-            tiles_m,
+            {
+                **constants, "KIND": KIND_BITS[weight.kind], "PTX": streaming["PTX"], "TILES": config.block_n // 16,
+                "CHUNKS": config.block_k // (2 * GROUP * config.warps), "WARPS": config.warps,
+                "WHOLE": weight.outputs % config.block_n == 0, "UNROLL": max(1, config.unroll),
+                "AHEAD": config.stages > 1,
+            },
+            config.warps,
+            registers=config.registers,
         )  # fmt: skip
         return
     if config.kernel == "whole_rows":
@@ -334,36 +345,6 @@ def launches(
         config.stages,
         config.registers,
     )  # fmt: skip
-
-
-def _fragments_launch(
-    config: LaunchConfig,
-    weight: DeviceWeight,
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-    tiles_m: int,
-) -> Launch:
-    """A launch by one of two kernels: for one row, or for tiles of several."""
-    row = config.block_m == 1
-    each, share = (256, "BLOCKS") if row else (64, "CHUNKS")
-    unknown = ("HAS_NORM", "ADDS_ONE", "BLOCK_N", *(("BLOCK_M",) if row else ()))
-    tiles_n = triton.cdiv(weight.outputs, config.block_n)
-    return Launch(
-        fragments_row_kernel if row else fragments_kernel,
-        (tiles_m, tiles_n),
-        arguments,
-        {
-            **{name: value for name, value in constants.items() if name not in unknown},
-            share: config.block_k // (each * config.warps),
-            "TILES": config.block_n // 16,
-            "WARPS": config.warps,
-            "WHOLE": weight.outputs % config.block_n == 0,
-            "UNROLL": max(1, config.unroll),
-            "AHEAD": config.stages > 1,
-        },
-        config.warps,
-        registers=config.registers,
-    )
 
 
 def _tiles(

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["gained", "load", "pairs_of_x", "prefetch", "rows_of_x", "wrapped"]
+__all__ = ["gained", "load", "pairs_of_x", "places", "prefetch", "rows_of_x", "wrapped"]
 
 
 @triton.jit
@@ -69,3 +69,12 @@ def pairs_of_x(
     even = tl.trans(tile)
     tile, squares = rows_of_x(x, gain, squares, k + 32, K, EVEN, HAS_NORM, ADDS_ONE, COMPUTE, "evict_last")
     return even, tl.trans(tile), squares
+
+
+@triton.jit
+def places(EACH: tl.constexpr, WARPS: tl.constexpr):
+    """For each of a program's threads and each of EACH things that it reads side by side, in one dimension, which is how
+    they come to lie so: the warp, the thread's row of eight, its place among four neighbours, and the thing.
+    """
+    place = tl.arange(0, 32 * EACH * WARPS)
+    return place // (32 * EACH), place // (4 * EACH) % 8, place // EACH % 4, place % EACH

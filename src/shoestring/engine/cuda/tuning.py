@@ -56,7 +56,7 @@ class LaunchConfig:
             the way.
         slices: whole_rows' pieces of the inputs, which warps multiply beside one another.
         tail: whole_rows' inputs behind the first `block_k`, so that a tile need not be rounded up to a power of two.
-        late: under programmatic launch, let the kernel behind few_rows or whole_rows start when these have waited, not at
+        late: under programmatic launch, let the kernel behind one on the tensor cores start when that has waited, not at
             once: its programs then hold no places, and spread over the multiprocessors.
         registers: the most that a thread may have, so that more programs run at once; 0: as many as it wants.
     """
