@@ -66,9 +66,21 @@ MODELS: dict[str, tuple[int, dict[str, tuple[int, int, bool, bool, bool]]]] = {
         "gate_up": (11008, 4096, True, True, False), "down": (4096, 11008, False, False, True),
         "head": (32000, 4096, False, False, False),
     }),
+    "8b": (32, {
+        "qkv": (6144, 4096, True, False, False), "output": (4096, 4096, False, False, True),
+        "gate_up": (14336, 4096, True, True, False), "down": (4096, 14336, False, False, True),
+        "head": (128256, 4096, False, False, False),
+    }),
 }  # fmt: skip
 DEVICE = "cuda"
-ONLY = ("one_row", "few_rows", "whole_rows", "fragments", *(one.name for one in fields(LaunchConfig)))
+ONLY = (
+    "one_row",
+    "few_rows",
+    "whole_rows",
+    "fragments",
+    "wide_tiles",
+    *(one.name for one in fields(LaunchConfig)),
+)
 """Kernels and fields, to try the launches of one or with one."""
 
 

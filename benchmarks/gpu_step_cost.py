@@ -1,9 +1,9 @@
 """The cost of a step on a GPU by its number of rows: the fused step, by type of weights, beside the bandwidth floor.
 
 `step_ms` is what decoding waits for: from the tree on the host to the next tokens on the host. `replay_ms` is the CUDA
-graph alone. The floor is the time to read the matrices once at the measured read rate. `7b` is Llama-2-7B's shape and
-`135m` SmolLM2's, with random weights: for timing only. With --twin, transformers' modules behind the same runner protocol
-are timed too.
+graph alone. The floor is the time to read the matrices once at the measured read rate. `7b` is Llama-2-7B's shape, `8b`
+Llama-3-8B's (Mistral-7B has its layers) and `135m` SmolLM2's, with random weights: for timing only. With --twin,
+transformers' modules behind the same runner protocol are timed too.
 
     python -m benchmarks.gpu_step_cost --subject smollm2-135m --subject 7b --quantize none --quantize int4
 """
@@ -24,6 +24,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
     },
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    },
     "135m": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
@@ -34,7 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
 def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument(
-        "--subject", action="append", help="a model's name, or 7b; default: the default model"
+        "--subject", action="append", help="a model's name, 7b, 8b or 135m; default: the default model"
     )
     arguments.add_argument("--quantize", action="append", help="none, int8 or int4; default: none")
     arguments.add_argument("--dtype", default="bfloat16")

@@ -23,7 +23,7 @@ from shoestring.engine.cuda.products import LinearWorkspace
 from shoestring.engine.cuda.tuning import TUNED, LaunchConfig, Problem, Tuning
 from shoestring.evaluation.results import machine_name
 
-MODEL_OF = {"135m": "smollm2-135m", "7b": "7b"}
+MODEL_OF = {"135m": "smollm2-135m", "7b": "7b", "8b": "8b"}
 """The shapes' names in `few_row_matmul`."""
 NEIGHBOURS = "neighbours"
 _LEAST_GAIN = 0.005

@@ -84,7 +84,27 @@ def check_copied_rows(shape, rows, kind):
     assert "cp.async.bulk.tensor.2d" in made.ptx and "cp.async.c" in made.ptx
     assert "wgmma.mma_async" in made.ptx and "fence.proxy.async" not in made.ptx.split("wgmma.fence")[0]
 
+def check_wide_tiles(shape, rows):
+    # The tensor cores wait for nothing but tiles that the copy engine brings, and for their last sums.
+    gated = shape == SEVEN["gate"]
+    problem = Problem(*shape, rows, "bfloat16", gated)
+    config = heuristic(problem, copies=True)
+    made = compile_problem(problem, norm=gated, residual=not gated, pdl=True, config=config)[-1]
+    print(problem.key, config, made.registers, "registers", made.spilled, "spilled", made.shared, "shared", flush=True)
+    assert config.kernel == "wide_tiles"
+    assert made.shared <= SHARED_MEMORY
+    assert not made.spilled, made.spilled
+    matrices, tails = (2 if gated else 1), (2 if config.tail else 1)
+    steps = config.block_k // 16 * (config.block_m // 64 if config.warps == 4 else 1)
+    assert made.ptx.count("wgmma.mma_async") == steps * matrices * tails
+    assert "mma.sync" not in made.ptx and "cp.async.bulk.tensor.2d" in made.ptx and "cp.async.c" not in made.ptx
+    loop = made.ptx[made.ptx.index("wgmma.mma_async") : made.ptx.rindex("wgmma.mma_async")]
+    assert loop.count("wgmma.wait_group") == 0
+
 if sys.argv[1] == "few":
+    check_wide_tiles(SEVEN["gate"], 64)
+    check_wide_tiles(SEVEN["qkv"], 128)
+    check_wide_tiles(SEVEN["down"], 64)
     check_fragments(SEVEN["gate"], 1, "int4")
     check_fragments(SEVEN["down"], 1, "int8")
     check_fragments(SEVEN["qkv"], 8, "int4")

@@ -16,7 +16,8 @@ def candidates(problem: Problem, processors: int = 132, most: int = 12) -> list[
     """
     near = _near_heuristic(problem, processors)[: most // 3 if problem.quantised else most]
     others = [
-        kind(problem, processors) for kind in (_filling, _unpacking, _cut_by_rows, _whole_rows, _fragments)
+        kind(problem, processors)
+        for kind in (_filling, _wide_tiles, _unpacking, _cut_by_rows, _whole_rows, _fragments)
     ]
     return list(dict.fromkeys(chain(near, _by_slices(problem), *others)))
 
@@ -45,6 +46,36 @@ def _filling(problem: Problem, processors: int) -> list[LaunchConfig]:
                 found.append(replace(base, tma=True, warps=8))
             if block_n == 128:
                 found += [base, replace(base, warps=8)]
+    return found
+
+
+def _wide_tiles(problem: Problem, processors: int) -> list[LaunchConfig]:
+    """Launches of one wave of programs, or of two that run at once, each as wide as that makes it."""
+    if problem.compute == torch.float32 or problem.quantised or problem.bucket < 8 or problem.outputs < 2048:
+        return []
+    matrices = 2 if problem.gated else 1
+    heights = (64,) if problem.bucket <= 64 else (64, 128)
+    found = []
+    for block_m, (block_n, tail), block_k, together, warps in product(
+        heights, ((64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (256, 0)), (64, 128), (1, 2), (4, 8)
+    ):
+        width = block_n + tail
+        tiles = -(-problem.outputs // width) * -(-problem.tile_rows // block_m)
+        stages = min(8, 220_000 // together // (2 * block_k * (width * matrices + block_m)))
+        split_k = max(1, together * processors // tiles)
+        trips = -(-problem.inputs // block_k)
+        programs = tiles * split_k
+        sums = width * matrices * block_m // (32 * warps)  # a thread's
+        if stages < 2 or sums > 128 or sums < 16 or trips < 4 * split_k:
+            continue
+        if not 0.6 * together * processors <= programs <= 1.6 * together * processors:
+            continue
+        found.append(
+            LaunchConfig(
+                "wide_tiles", block_n, block_k, block_m, split_k, warps, stages, lines=2, fuse_norm=False, tma=True,
+                tail=tail,
+            )
+        )  # fmt: skip
     return found
 
 

@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from shoestring.engine.cuda.copied_tiles import can_be_copied, tiles_of, wide_tiles_of
 from shoestring.engine.cuda.fragments_kernel import fragments_kernel
 from shoestring.engine.cuda.linear_kernels import few_rows_kernel
 from shoestring.engine.cuda.one_row_kernels import norm_kernel, one_row_kernel
 from shoestring.engine.cuda.tuning import MAX_ROWS, LaunchConfig, Problem, Tuning, few_rows
 from shoestring.engine.cuda.weights import GROUP, DeviceWeight
 from shoestring.engine.cuda.whole_rows_kernel import whole_rows_kernel
+from shoestring.engine.cuda.wide_tiles_kernel import wide_tiles_kernel
 from shoestring.errors import RequestError
 
 __all__ = [
@@ -163,9 +164,8 @@ def chosen(product: Product, workspace: LinearWorkspace | None, tuning: Tuning) 
     """How it is launched by what was measured, or, where these rows are not laid out for that, by what takes any."""
     processors = _processors(product.x.device)
     found = tuning.config(product.problem, processors)
-    if found.kernel == "fragments" and not _in_words(product, workspace):
-        return few_rows(product.problem, processors)
-    return found
+    able = {"fragments": _in_words, "wide_tiles": _in_tiles}.get(found.kernel)
+    return few_rows(product.problem, processors) if able and not able(product, workspace) else found
 
 
 def _in_words(product: Product, workspace: LinearWorkspace | None) -> bool:
@@ -180,6 +180,24 @@ def _in_words(product: Product, workspace: LinearWorkspace | None) -> bool:
     return x.dtype == dtype and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
 
 
+def _in_tiles(product: Product, workspace: LinearWorkspace | None) -> bool:
+    """Whether the copy engine can bring the rows as well as the weights."""
+    x, weight, up = product.x, product.weight, product.up
+    if product.norm is not None:
+        if product.scaled is not None:
+            x = product.scaled.values
+        else:
+            room = None if workspace is None else workspace.rows(len(x), x.shape[1], weight.dtype)
+            if room is None:
+                return False
+            x = room
+    return (
+        weight.kind == "dense"
+        and x.dtype == weight.dtype
+        and can_be_copied(x, weight.values, *([up.values] if up else ()))
+    )
+
+
 def left_by(product: Product, config: LaunchConfig, workspace: LinearWorkspace | None) -> ScaledRows | None:
     """Where the product leaves its rows for the norm behind it; None where it does not."""
     rows, width = product.out.shape
@@ -187,7 +205,7 @@ def left_by(product: Product, config: LaunchConfig, workspace: LinearWorkspace |
         product.next_norm is None
         or width > widest_left(rows)
         or workspace is None
-        or config.kernel == "one_row"
+        or config.kernel in ("one_row", "wide_tiles")
     ):
         return None
     if product.norm is not None:
@@ -216,6 +234,11 @@ def launches(
     if config.kernel == "fragments" and (weight.kind == "dense" or not _in_words(product, workspace)):
         raise RequestError(
             f"a launch of integers and {weight.dtype} rows was chosen for {weight.kind} weights and rows of {x.dtype}"
+        )
+    if config.kernel == "wide_tiles" and not _in_tiles(product, workspace):
+        raise RequestError(
+            f"a launch of rows and dense weights that the copy engine takes was chosen for {weight.kind} weights and "
+            f"rows of {x.dtype} with a stride of {x.stride(0)}"
         )
     interpreted = x.device.type == "cpu"
     pdl = tuning.pdl and not interpreted
@@ -253,7 +276,7 @@ def launches(
         "KIND": KIND_BITS[weight.kind], "BLOCK_K": config.block_k, "STAGES": config.stages, "LINES": config.lines,
         "PTX": "" if interpreted or not config.ptx else _PTX.get(weight.dtype, ""),
     }  # fmt: skip
-    tiles_n = triton.cdiv(weight.outputs, config.block_n)
+    tiles_n = triton.cdiv(weight.outputs, config.width)
     if config.kernel == "one_row":
         yield Launch(
             one_row_kernel,
@@ -286,11 +309,6 @@ def launches(
     )  # fmt: skip
     tiles_m = triton.cdiv(rows, config.block_m)
     if config.kernel == "fragments":
-        constants = {
-            name: value
-            for name, value in constants.items()
-            if name not in ("HAS_NORM", "ADDS_ONE", "BLOCK_N")
-        }
         yield Launch(
             fragments_kernel,
             (tiles_m, tiles_n),
@@ -299,13 +317,32 @@ def launches(
                 x.stride(0), weight.values.stride(0), scales_stride, *strides,
             ),
             {
-                **constants, "KIND": KIND_BITS[weight.kind], "PTX": streaming["PTX"], "TILES": config.block_n // 16,
+                **_taken(fragments_kernel, constants | streaming), "TILES": config.block_n // 16,
                 "CHUNKS": config.block_k // (2 * GROUP * config.warps), "WARPS": config.warps,
                 "WHOLE": weight.outputs % config.block_n == 0, "UNROLL": max(1, config.unroll),
                 "AHEAD": config.stages > 1,
             },
             config.warps,
             registers=config.registers,
+        )  # fmt: skip
+        return
+    if config.kernel == "wide_tiles":
+        config = _split_within(config, workspace, tiles_m * tiles_n, up)
+        scratch = (out, out) if workspace is None else (workspace.shares, workspace.arrived)
+        x_tiles, *tiles = wide_tiles_of(x, weight, second, config)
+        yield Launch(
+            wide_tiles_kernel,
+            (tiles_m, tiles_n, config.split_k),
+            (
+                x_tiles, weight.values, second.values, *tiles, *around[1:5], *scratch, rows, weight.outputs,
+                weight.values.stride(0), strides[0], strides[1], *strides[3:],
+            ),
+            {
+                **_taken(wide_tiles_kernel, constants | streaming), "TAIL": config.tail, "SPLIT_K": config.split_k,
+            },
+            config.warps,
+            config.stages,
+            config.registers,
         )  # fmt: skip
         return
     if config.kernel == "whole_rows":
@@ -323,18 +360,14 @@ def launches(
             config.warps,
         )  # fmt: skip
         return
-    share = config.block_n * config.block_m * (1 if up is None else 2) + config.block_m
-    if workspace is None or tiles_m * tiles_n > len(workspace.arrived):
-        config = replace(config, split_k=1)
-    elif tiles_m * tiles_n * share * config.split_k > len(workspace.shares):
-        config = replace(config, split_k=max(1, len(workspace.shares) // (tiles_m * tiles_n * share)))
+    config = _split_within(config, workspace, tiles_m * tiles_n, up)
     scratch = (out, out) if workspace is None else (workspace.shares, workspace.arrived)
     yield Launch(
         few_rows_kernel,
         (tiles_m, tiles_n, config.split_k),
         (
             x, weight.values, first_scales, second.values, second_scales, *around, *scratch,
-            *_tiles(x, weight, second, config, norm is None), rows, weight.outputs, x.stride(0),
+            *tiles_of(x, weight, second, config, norm is None), rows, weight.outputs, x.stride(0),
             weight.values.stride(0), scales_stride, *strides,
         ),
         {
@@ -347,24 +380,20 @@ def launches(
     )  # fmt: skip
 
 
-def _tiles(
-    x: Tensor, first: DeviceWeight, second: DeviceWeight, config: LaunchConfig, plain: bool
-) -> tuple[TensorDescriptor | None, TensorDescriptor | None, TensorDescriptor | None]:
-    """Descriptors of x's and dense weights' tiles for Hopper's copy engine, where it is to bring them and can."""
-    dense = first.kind == "dense"
-    sources = (x, first.values, second.values) if dense else (x,)
-    able = config.tma and plain and x.dtype == first.dtype and (dense or config.written)
-    if not able or any(one.data_ptr() % 16 or one.stride(0) * one.element_size() % 16 for one in sources):
-        return None, None, None
-    if not dense:  # rows alone: what ordinary loads bring would hold the tensor cores up at a fence
-        return _descriptor(x, config.block_m, 2 * GROUP), None, None
-    heights = (config.block_m, config.block_n, config.block_n)
-    made = [_descriptor(one, height, config.block_k) for one, height in zip(sources, heights, strict=True)]
-    return made[0], made[1], made[2]
+def _taken(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """Those that the kernel knows."""
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
-def _descriptor(matrix: Tensor, height: int, width: int) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [height, width])
+def _split_within(
+    config: LaunchConfig, workspace: LinearWorkspace | None, tiles: int, up: DeviceWeight | None
+) -> LaunchConfig:
+    """The launch, with no more shares than there is room for."""
+    if workspace is None or tiles > len(workspace.arrived):
+        return replace(config, split_k=1)
+    share = config.block_m * (config.width * (1 if up is None else 2) + 1)
+    most = max(1, len(workspace.shares) // (tiles * share))
+    return config if config.split_k <= most else replace(config, split_k=most)
 
 
 def _processors(device: torch.device) -> int:

@@ -42,8 +42,9 @@ class LaunchConfig:
     """How one product is launched.
 
     Args:
-        kernel: "one_row" (ordinary cores), "few_rows" (tensor cores), "whole_rows" (these, all inputs in one trip) or
-            "fragments" (these, quantised weights straight into their registers; for rows of the computing type).
+        kernel: "one_row" (ordinary cores), "few_rows" (tensor cores), "whole_rows" (these, all inputs in one trip),
+            "wide_tiles" (these, many rows, dense weights, all brought by the copy engine) or "fragments" (these, quantised
+            weights straight into their registers); the last two for rows of the computing type.
         block_n, block_k, block_m: outputs, inputs and rows of a tile.
         split_k: programs that share a tile's inputs; needs a workspace.
         warps, stages: as Triton has them; fragments' stages: 2 to fetch a trip's weights while the one before is computed.
@@ -55,7 +56,8 @@ class LaunchConfig:
         tma: let Hopper's copy engine bring dense weights, and, with these and `written` ones, rows that need no norm on
             the way.
         slices: whole_rows' pieces of the inputs, which warps multiply beside one another.
-        tail: whole_rows' inputs behind the first `block_k`, so that a tile need not be rounded up to a power of two.
+        tail: whole_rows' inputs behind the first `block_k`, and wide tiles' outputs behind the first `block_n`, so that
+            they need not be rounded up to a power of two.
         late: under programmatic launch, let the kernel behind one on the tensor cores start when that has waited, not at
             once: its programs then hold no places, and spread over the multiprocessors.
         registers: the most that a thread may have, so that more programs run at once; 0: as many as it wants.
@@ -78,6 +80,11 @@ class LaunchConfig:
     tail: int = 0
     late: bool = False
     registers: int = 0
+
+    @property
+    def width(self) -> int:
+        """A program's outputs."""
+        return self.block_n + (self.tail if self.kernel == "wide_tiles" else 0)
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,10 @@ def heuristic(problem: Problem, processors: int = 132, *, copies: bool = False) 
         return LaunchConfig(
             "few_rows", 64, 64, block_m, split_k, stages=4, lines=2, fuse_norm=False, written=True, tma=True
         )
+    if copies and not problem.quantised and problem.compute != torch.float32 and problem.bucket > 16:
+        wide = _wide_tiles(problem, processors)
+        if wide is not None:
+            return wide
     if problem.quantised and problem.compute != torch.float32:
         if problem.rows == 1:
             return _fragments_of_a_row(problem, processors)
@@ -209,7 +220,42 @@ def heuristic(problem: Problem, processors: int = 132, *, copies: bool = False) 
     # Unpacking wide rows is the tensor cores' work: they take quantised weights as integers.
     if problem.rows == 1 and (not problem.quantised or problem.inputs <= 2048):
         return one_row(problem, processors)
-    return few_rows(problem, processors)
+    return few_rows(problem, processors, copies=copies)
+
+
+def _wide_tiles(problem: Problem, processors: int) -> LaunchConfig | None:
+    """One wave of programs, as wide as that makes them: else two programs at once, or shares of the inputs. None where
+    multiprocessors would be left without one, and for narrow matrices, whose products leave rows for the next norm.
+    """
+    if problem.outputs <= 2048:
+        return None
+    matrices, block_m = 2 if problem.gated else 1, min(problem.tile_rows, 128) if problem.bucket > 64 else 64
+    rows = -(-problem.tile_rows // block_m)
+
+    def launch(block_n: int, tail: int, split_k: int = 1, together: int = 1) -> LaunchConfig:
+        outputs = (block_n + tail) * matrices
+        block_k = 128 if block_m == 64 and outputs <= 192 else 64
+        stages = min(8, 220_000 // together // (2 * block_k * (outputs + block_m)))
+        warps = 4 if outputs * block_m <= 192 * 64 and split_k == 1 else 8
+        return LaunchConfig(
+            "wide_tiles", block_n, block_k, block_m, split_k, warps, stages, lines=2, fuse_norm=False, tma=True, tail=tail
+        )  # fmt: skip
+
+    def tiles(width: int) -> int:
+        return -(-problem.outputs // width) * rows
+
+    for block_n, tail in ((64, 0), (64, 32), (128, 0), (128, 64)):
+        if tiles(block_n + tail) <= processors:
+            if tiles(block_n + tail) >= 0.7 * processors and (block_n + tail) * matrices <= 192:
+                return launch(block_n, tail)
+            break
+    few = tiles(64)
+    if few > processors:
+        wide = 64 if problem.gated else 128
+        waves = -(-tiles(wide) // (2 * processors))
+        return launch(wide, 0, together=2) if tiles(wide) >= 0.7 * waves * 2 * processors else None
+    split_k = min(processors // few, problem.inputs // 512)
+    return launch(64, 0, split_k) if problem.bucket > 32 and few * split_k >= 0.7 * processors else None
 
 
 def _fragments_of_a_row(problem: Problem, processors: int) -> LaunchConfig:
@@ -262,12 +308,12 @@ def one_row(problem: Problem, processors: int = 132) -> LaunchConfig:
         block_k = max(64, 1 << (inputs - 1).bit_length())
         return LaunchConfig("one_row", block_n, block_k, 1, warps=min(8, max(1, block_k // 256)), stages=1)
     block_k = next((size for size in (512, 256, 128) if inputs % size == 0), 256)
-    unroll = 0 if inputs // block_k * (2 if problem.gated else 1) <= 9 else 4
+    unroll = 2 if problem.gated else 0 if inputs // block_k <= 9 else 4
     return LaunchConfig("one_row", block_n, block_k, 1, warps=4, stages=1, unroll=unroll, lines=8)
 
 
-def few_rows(problem: Problem, processors: int = 132) -> LaunchConfig:
-    """A launch of the kernel that takes any product."""
+def few_rows(problem: Problem, processors: int = 132, *, copies: bool = False) -> LaunchConfig:
+    """A launch of the kernel that takes any product. `copies`: as for `heuristic`."""
     outputs, inputs = problem.outputs, problem.inputs
     rows = max(8, problem.tile_rows)
     wide = problem.compute == torch.float32  # no tensor cores
@@ -288,6 +334,9 @@ def few_rows(problem: Problem, processors: int = 132) -> LaunchConfig:
         split_k *= 2
     tile_bytes = block_n * problem.row_bytes / inputs * block_k + 2 * block_m * block_k
     stages = 2 if wide else max(3, min(6, int(84e3 / tile_bytes)))
+    if copies and not problem.quantised and not wide and block_m < 64 and tiles >= processors:
+        # Enough programs in any case, and memory for one of them on each multiprocessor: as much under way as fits.
+        split_k, stages = 1, max(2, min(6, int(200e3 / tile_bytes)))
     warps = 4 if block_n >= 64 or block_m >= 64 else 2 if block_n == 32 else 1
     if problem.quantised and block_m == 16:
         warps = min(warps, 2)  # the older tensor instructions, which take unpacked weights with fewer moves
