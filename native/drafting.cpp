@@ -12,6 +12,7 @@ namespace {
 constexpr size_t kManyOffers = 512, kUsualNodes = 64;
 constexpr double kTaught = 0.01;  // tokens that a row is worth beside its chance (tune.TAUGHT)
 constexpr double kMostCertain = 0.97;  // a chance that sources which agree make it
+constexpr int32_t kBelow = -2;  // in place of a token
 constexpr double kSlack = 1 + 1e-9;  // sums round: nothing that may be as good as the best is given up
 
 // The key of an n-gram from that of its last n - 1 tokens, and the token before these.
@@ -25,6 +26,8 @@ uint64_t pair_key(int32_t before, int32_t token) {
   return static_cast<uint64_t>(static_cast<uint32_t>(before)) << 32 | static_cast<uint32_t>(token);
 }
 
+// A token that may stand below a node; or, as long as nobody has looked, whatever may stand there (kBelow), with a chance
+// that none of it exceeds.
 struct Offer {
   double chance;
   size_t order;
@@ -374,7 +377,7 @@ Grown Guesses::grow(size_t most, double least, const Predictions& predictions, S
   Candidates candidates;
   size_t order = 0;
   double unlikely = -1;
-  const auto offer = [&](int32_t node, double chance, const Tail& tail, size_t depth) {
+  const auto look_below = [&](int32_t node, double chance, const Tail& tail, size_t depth) {
     find(tail, depth, predictions, found);
     weigh(found, candidates, &agreement_);
     for (int i = 0; i < candidates.tokens.count(); ++i) {
@@ -388,10 +391,14 @@ Grown Guesses::grow(size_t most, double least, const Predictions& predictions, S
   };
   const Tail root = tail();
   Speed speed(most, seconds);
-  offer(-1, 1.0, root, 0);
+  look_below(-1, 1.0, root, 0);
   while (!heap.empty() && grown.tokens.size() < most && speed.may_gain(heap.top().chance)) {
     const Offer next = heap.top();
     heap.pop();
+    if (next.token == kBelow) {
+      look_below(next.parent, grown.chances[next.parent], tails[next.parent], depths[next.parent]);
+      continue;
+    }
     speed.take(next.chance);
     const auto node = static_cast<int32_t>(grown.tokens.size());
     Tail below = next.parent < 0 ? root : tails[next.parent];
@@ -403,7 +410,7 @@ Grown Guesses::grow(size_t most, double least, const Predictions& predictions, S
     tails.push_back(below);
     depths.push_back(next.parent < 0 ? 1 : depths[next.parent] + 1);
     if (next.chance < least) break;
-    offer(node, next.chance, below, depths.back());
+    heap.push({next.chance * kMostCertain, order++, node, kBelow, 0});
   }
   return grown;
 }

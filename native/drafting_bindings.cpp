@@ -2,13 +2,17 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <exception>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "drafting.hpp"
+#include "thread_pool.hpp"
 
 namespace nb = nanobind;
 
@@ -40,6 +44,39 @@ struct HeldGuesses {
 
   HeldGuesses(std::shared_ptr<AcceptanceRates> held, int longest, size_t pairs)
       : rates(std::move(held)), guesses(*rates, longest, pairs) {}
+};
+
+// Drafts of several sequences, which share nothing that they write to. A worker may come late, so that it owns what it reads.
+class DraftTogether : public Job {
+ public:
+  struct Each {
+    Guesses* guesses;
+    std::vector<int32_t> added;  // how its sequence has gone on
+    Predictions predictions;
+    Drafted drafted;
+    std::exception_ptr error;
+  };
+  std::vector<Each> each;
+  size_t most = 0, ahead = 0;
+  double least = 0, least_value = 0;
+  Seconds seconds;
+  int threads = 1;
+
+  DraftTogether() : Job(1) {}
+
+  void work(int) override {
+    Walk(*this, threads).phase(static_cast<int64_t>(each.size()), 1, [this](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Each& one = each[static_cast<size_t>(i)];
+        try {
+          one.guesses->extend(one.added.data(), one.added.size());
+          one.drafted = one.guesses->draft(most, least, one.predictions, seconds, ahead, least_value);
+        } catch (...) {
+          one.error = std::current_exception();
+        }
+      }
+    });
+  }
 };
 
 }  // namespace
@@ -145,6 +182,40 @@ void bind_drafting(nb::module_& module) {
                                nb::cast<std::vector<int32_t>>(draft.attr("parents")), accepted, likely);
         }
       });
+
+  module.def(
+      "draft_together",
+      [](const std::vector<std::tuple<HeldGuesses*, nb::list, Predictions>>& sequences, int64_t most, double least,
+         const Table& seconds, size_t ahead, double least_value, int threads) {
+        static std::shared_ptr<ThreadPool> pool;  // the threads that drafted last: they look out for more
+        if (threads > 1 && (!pool || pool->threads() != threads)) pool = ThreadPool::shared(threads);
+        const auto job = std::make_shared<DraftTogether>();
+        job->most = count_of(most), job->least = least, job->seconds = seconds_of(seconds);
+        job->ahead = ahead, job->least_value = least_value, job->threads = threads;
+        job->each.reserve(sequences.size());
+        for (const auto& [held, tokens, predictions] : sequences) {
+          job->each.push_back({&held->guesses, {}, predictions, {}, nullptr});
+          for (size_t i = held->guesses.length(); i < tokens.size(); ++i) {
+            job->each.back().added.push_back(nb::cast<int32_t>(tokens[i]));
+          }
+        }
+        {
+          nb::gil_scoped_release release;
+          if (threads > 1) {
+            std::shared_ptr<ThreadPool>(pool)->run(job);
+          } else {
+            job->work(0);
+          }
+        }
+        nb::list drafted;
+        for (const DraftTogether::Each& one : job->each) {
+          if (one.error) std::rethrow_exception(one.error);
+        }
+        for (DraftTogether::Each& one : job->each) drafted.append(nb::cast(std::move(one.drafted)));
+        return drafted;
+      },
+      nb::arg("sequences"), nb::arg("most"), nb::arg("least"), nb::arg("seconds").none(), nb::arg("ahead"),
+      nb::arg("least_value"), nb::arg("threads"));
 }
 
 }  // namespace shoestring

@@ -20,7 +20,7 @@ from comparing import (
 )
 
 from shoestring.decoding import decode as decode_module
-from shoestring.decoding.decode import decode
+from shoestring.decoding.decode import MOST_DRAFT_ROWS, decode
 from shoestring.decoding.drafters.draft_model import DraftModelDrafter
 from shoestring.decoding.drafters.lookahead import LookaheadDrafter
 from shoestring.decoding.drafters.ngram import NgramDrafter
@@ -108,6 +108,38 @@ def test_tokens_are_given_out_while_the_next_step_runs(runner, answer):
     early = int(runner.asynchronous)
     assert first == [1 + early, 1 + early, 2 + early, 2 + early, 3 + early, 3 + early, 4]
     assert second == [5 + early, 6 + early, 7]
+
+
+def test_drafters_of_a_step_are_asked_together_where_time_is_short(runner, answer):
+    asked = []
+
+    class Together(Oracle):
+        @staticmethod
+        def propose_together(drafters, contexts, budget):
+            asked.append((len(drafters), budget, [context.batch for context in contexts]))
+            return [
+                drafter.propose(context, budget) for drafter, context in zip(drafters, contexts, strict=True)
+            ]
+
+    mosts = (4, 9, 40)
+    drafters = [Together(answer), Together(answer), Together(answer)]
+    requests = [request(PROMPT, drafter, most=most) for drafter, most in zip(drafters, mosts, strict=True)]
+    tokens = [[], [], []]
+    for emission in decode(runner, [*requests, request(PROMPT, most=3)], slots=4):
+        if emission.request < 3:
+            tokens[emission.request].append(emission.token)
+    assert tokens == [answer[:most] for most in mosts]
+    if not runner.asynchronous:
+        assert not asked
+        return
+    assert asked[0] == (3, MOST_DRAFT_ROWS // 4, [4, 4, 4])
+    assert {count for count, *_ in asked} == {3, 2}, "a last one drafts alone"
+    # Drafters of several kinds are asked one by one.
+    asked.clear()
+    requests = [request(PROMPT, Together(answer), most=9), request(PROMPT, Oracle(answer), most=9)]
+    found = [emission.token for emission in decode(runner, requests, slots=2) if emission.request == 1]
+    assert found == answer[:9]
+    assert not asked
 
 
 def test_an_end_that_only_the_text_shows_is_looked_for_before_the_next_step(runner, answer):

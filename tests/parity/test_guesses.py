@@ -156,6 +156,42 @@ def test_the_oldest_pairs_make_room_in_both(monkeypatch, pairs, vocabulary, rows
         assert drafts[0] == drafts[1]
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+def test_drafts_made_together_are_those_made_one_by_one(threads):
+    chance = random.Random(4)
+    texts = [chance.choices(range(6), k=chance.randint(1, 60)) for _ in range(11)]
+    predictions = [[chance.sample(range(6), 3)] * (index % 3) for index in range(len(texts))]
+    limits = (12, 0.01, np.linspace(1.0, 1.5, 13), 2, 0.001)
+
+    def begun():
+        rates = AcceptanceRates(PRIORS, native=True)
+        made = [make_guesses(rates, LONGEST) for _ in texts]
+        for guesses, text in zip(made, texts, strict=True):
+            guesses.extend(text[: len(text) // 2])  # the rest is read where they draft together
+        return rates, made
+
+    _, single = begun()
+    expected = []
+    for guesses, text, foreseen in zip(single, texts, predictions, strict=True):
+        guesses.extend(text[len(guesses) :])
+        most, least, seconds, ahead, value = limits
+        expected.append(drafted(guesses, most, least, foreseen, seconds, ahead, value))
+    assert sum(bool(tokens) for tokens, *_ in expected) > 8
+    for _ in range(20):  # threads come in another order each time
+        _, together = begun()
+        found = drafting_part().draft_together(
+            [*zip(together, texts, predictions, strict=True)], *limits, threads
+        )
+        fields = ("tokens", "parents", "sources", "chains")
+        assert [(*(list(getattr(one, name)) for name in fields), one.expected) for one in found] == expected
+        assert [len(guesses) for guesses in together] == [*map(len, texts)]
+    assert drafting_part().draft_together([], *limits, threads) == []
+    _, made = begun()
+    too_many = [[[*range(40)]] if index == 7 else [] for index in range(len(texts))]
+    with pytest.raises(IndexError, match="no such kind of guess"):
+        drafting_part().draft_together([*zip(made, texts, too_many, strict=True)], *limits, threads)
+
+
 def test_growth_ends_where_nothing_more_can_pay():
     for _, guesses in pair():
         guesses.extend([1, 2, 3] * 4)

@@ -194,6 +194,8 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
     judged: dict[Governor, _Judged] = {}
     top_k, logits = 0, False
     prefill = PREFILL_CHUNK
+    running: list[_Sequence] = []
+    drafting: list[tuple[_Sequence, Drafter]] = []
     for sequence in active:
         pending = sequence.pending
         logits = logits or sequence.request.logprobs
@@ -206,8 +208,9 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
                 prefill = 0
                 continue
             prefill -= len(pending)
-        root = len(pending) - 1
-        draft, drafter, governor = NO_DRAFT, sequence.request.drafter, sequence.governor
+        running.append(sequence)
+        sequence.draft = NO_DRAFT
+        drafter, governor = sequence.request.drafter, sequence.governor
         if governor is not None:
             if sequence.context.reads_prompt:
                 drafter = None  # drafts on it would not be judged, and rows add to many
@@ -219,9 +222,12 @@ def _launch(runner: Runner, active: list[_Sequence]) -> _Flight:
                 if not verdict.drafts:
                     drafter = None
         if drafter is not None:
-            draft = _propose(runner, sequence, drafter, len(active))
-        sequence.draft = draft
-        trees[sequence.slot] = draft.tree(pending)
+            drafting.append((sequence, drafter))
+    if drafting:
+        _propose(runner, drafting, len(active))
+    for sequence in running:
+        draft, root = sequence.draft, len(sequence.pending) - 1
+        trees[sequence.slot] = draft.tree(sequence.pending)
         roots[sequence.slot] = root
         top_k = max(top_k, draft.top_k)
         if draft.wanted is None:
@@ -291,17 +297,39 @@ def _land(runner: Runner, active: list[_Sequence], flight: _Flight) -> list[_Lan
     return landed
 
 
-def _propose(runner: Runner, sequence: _Sequence, drafter: Drafter, batch: int) -> Draft:
-    sequence.context.batch = batch
-    proposed = drafter.propose(sequence.context, MOST_DRAFT_ROWS // batch)
+def _propose(runner: Runner, drafting: Sequence[tuple[_Sequence, Drafter]], batch: int) -> None:
+    """Have drafters draft for the step: together, where they can and a device waits for them."""
+    budget, limit, vocabulary = MOST_DRAFT_ROWS // batch, runner.max_positions, runner.vocab_size
+    for sequence, _ in drafting:
+        sequence.context.batch = batch
+    kinds = {type(drafter) for _, drafter in drafting}
+    together = None
+    if runner.asynchronous and len(kinds) == 1 < len(drafting):
+        together = getattr(kinds.pop(), "propose_together", None)
+    proposals: Iterable[Draft | Sequence[Sequence[int]]]
+    if together is not None:
+        contexts = [sequence.context for sequence, _ in drafting]
+        proposals = together([drafter for _, drafter in drafting], contexts, budget)
+    else:
+        proposals = (drafter.propose(sequence.context, budget) for sequence, drafter in drafting)
+    for (sequence, drafter), proposed in zip(drafting, proposals, strict=True):
+        sequence.draft = _checked(sequence, drafter, proposed, limit, vocabulary)
+
+
+def _checked(
+    sequence: _Sequence,
+    drafter: Drafter,
+    proposed: Draft | Sequence[Sequence[int]],
+    limit: int | None,
+    vocabulary: int,
+) -> Draft:
+    """What was proposed, as a draft that fits into the context and the vocabulary."""
     draft = proposed if isinstance(proposed, Draft) else Draft.of(proposed)
-    limit = runner.max_positions
     if limit is not None:
         # The deepest row's position must stay inside the context.
         room = limit - len(sequence.context.tokens)
         if len(draft) > room and any(draft.depth(node) > room for node in range(len(draft))):
             draft = draft.clipped(room)
-    vocabulary = runner.vocab_size
     if not draft.fits(vocabulary):
         wrong = next(
             token

@@ -47,6 +47,32 @@ def test_the_draft_is_a_trie_within_the_budget(tokens, budget, batch):
     assert set(draft.owners) == set(range(len(draft)))
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("other", ["alike", "another budget"])
+def test_sequences_that_share_a_step_may_be_asked_together(native, other):
+    if native and drafting_part() is None:
+        pytest.skip("the native part is not installed")
+    texts = [TEXT, TEXT[3:], [7], TEXT[:9]]
+
+    def made():
+        rates = AcceptanceRates(native=native)
+        budgets = [9, 9, 9, 9 if other == "alike" else 2]
+        drafters = [MergedDrafter(FLAT_COST, budget, rates=rates) for budget in budgets]
+        for drafter, text in zip(drafters, texts, strict=True):
+            drafter.begin(text)
+        return drafters, [Context(list(text), 1, len(texts)) for text in texts]
+
+    drafters, contexts = made()
+    together = MergedDrafter.propose_together(drafters, contexts, 256)
+    expected = [drafter.propose(context, 256) for drafter, context in zip(*made(), strict=True)]
+    seen = [(list(draft.tokens), list(draft.parents), draft.top_k, draft.expected) for draft in together]
+    assert seen == [
+        (list(draft.tokens), list(draft.parents), draft.top_k, draft.expected) for draft in expected
+    ]
+    assert len(together[0]) == 9 > len(together[2])
+    assert (len(together[3]) > 2) == (other == "alike")
+
+
 @pytest.mark.parametrize(("budget", "batch"), [(1, 1), (5, 1), (5, 4), (200, 1), (200, 2)])
 def test_a_budget_of_the_users_is_obeyed_whatever_rows_cost(budget, batch):
     # Long enough a text with enough repeats that far more than 128 rows could be drafted.

@@ -20,7 +20,14 @@ from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.ngram import SuffixIndex
 from shoestring.decoding.drafters.planned import Drafted, Nodes, PlainDrafted
 from shoestring.decoding.drafters.protocol import ROOT
-from shoestring.decoding.drafters.rates import SOURCES, AcceptanceRates, Agreement, Guess, drafting_part
+from shoestring.decoding.drafters.rates import (
+    MOST_CERTAIN,
+    SOURCES,
+    AcceptanceRates,
+    Agreement,
+    Guess,
+    drafting_part,
+)
 from shoestring.decoding.drafters.recycle import SuccessorTable
 from shoestring.decoding.tune import TAUGHT, best_rows
 from shoestring.engine.tokentree import NO_TOKEN
@@ -227,23 +234,24 @@ class PlainGuesses:
         parents: list[int] = []
         sources: list[int] = []
         chances: list[float] = []
-        heap: list[tuple[float, int, int, int, str, tuple[int, ...]]] = []
+        heap: list[tuple[float, int, int, int | None, str, tuple[int, ...]]] = []
         depths = {ROOT: 0}
-        order = 0
+        orders = itertools.count()
         speed = _Speed(None if seconds is None else seconds[: max(most, 0) + 1])
 
-        def offer(node: int, chance: float, tail: tuple[int, ...]) -> None:
-            nonlocal order
+        def look_below(node: int, chance: float, tail: tuple[int, ...]) -> None:
             candidates = self._weighed(tail, depths[node], predictions, self._agreement)
             for token, one in candidates.items():
                 below = (*tail[1 - self._longest :], token)
-                heapq.heappush(heap, (-(chance * one.chance), order, node, token, one.source, below))
-                order += 1
+                heapq.heappush(heap, (-(chance * one.chance), next(orders), node, token, one.source, below))
 
         if most > 0 and self._tokens:
-            offer(ROOT, 1.0, tuple(self._tokens[-self._longest :]))
+            look_below(ROOT, 1.0, tuple(self._tokens[-self._longest :]))
         while heap and len(tokens) < most and speed.may_gain(-heap[0][0]):
             negative, _, parent, token, source, tail = heapq.heappop(heap)
+            if token is None:
+                look_below(parent, chances[parent], tail)
+                continue
             node = len(tokens)
             tokens.append(token)
             parents.append(parent)
@@ -253,7 +261,8 @@ class PlainGuesses:
             depths[node] = depths[parent] + 1
             if -negative < least:
                 break
-            offer(node, -negative, tail)
+            # Nobody looks at what may stand below a node before its turn would come at best.
+            heapq.heappush(heap, (negative * MOST_CERTAIN, next(orders), node, None, "", tail))
         return tokens, parents, sources, chances
 
     def draft(

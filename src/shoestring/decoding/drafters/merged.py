@@ -5,16 +5,18 @@ tokens per second under the measured cost of a step's rows are highest. Look-ahe
 likely to end, for what they alone are expected to foresee.
 """
 
+import os
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
 from shoestring.decoding.drafters.datastore import Datastore
 from shoestring.decoding.drafters.guesses import make_guesses
 from shoestring.decoding.drafters.pass_tokens import LookAheadRows
-from shoestring.decoding.drafters.planned import PlannedDraft
+from shoestring.decoding.drafters.planned import Drafted, PlannedDraft
 from shoestring.decoding.drafters.protocol import Context, Draft, StepObservation
-from shoestring.decoding.drafters.rates import AcceptanceRates
+from shoestring.decoding.drafters.rates import AcceptanceRates, drafting_part
 from shoestring.decoding.governor import Governor
 from shoestring.decoding.look_ahead import LookAhead
 from shoestring.decoding.tune import StepCost
@@ -27,6 +29,14 @@ _CANDIDATES = 3  # tokens taken from each look-ahead row
 _MOST_POSITIONS = 30  # of look-ahead rows whose predictions are counted
 _LEAST_CHANCE = 0.01  # of a row where rows cost something
 _LEAST_VALUE = 0.002  # tokens that a look-ahead row must be expected to gain
+_THREADS = 4  # more gain little
+
+
+@cache
+def _threads() -> int:
+    """How many draft together: more than one where that takes them from nobody."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _THREADS if processors >= 2 * _THREADS else 1
 
 
 class MergedDrafter:
@@ -61,7 +71,10 @@ class MergedDrafter:
         self._cost, self._budget, self._top_k = cost, budget, top_k
         self._rates = rates or AcceptanceRates(look_ahead.priors if look_ahead else None)
         self._ahead = LookAheadRows(look_ahead, min(_CANDIDATES, top_k)) if look_ahead else None
+        self._most_ahead = 0 if self._ahead is None else min(len(self._ahead), _MOST_POSITIONS)
         self.governor = governor
+        self._kind = (id(cost), budget, id(governor), self._most_ahead, self._rates.native is None)
+        """Drafters that agree in it draft alike."""
         self._observed = 0
         """Tokens of the sequence behind the last step that it drafted for."""
         self._guesses = make_guesses(self._rates, _LONGEST)
@@ -83,20 +96,43 @@ class MergedDrafter:
         token; it competes for rows with the drafted tokens.
         """
         guesses = self._guesses
+        self._wake(context)
+        guesses.extend(context.tokens[len(guesses) :])
+        most, least, seconds, ahead = self._limits(context.batch, budget)
+        return self._drafted(guesses.draft(most, least, self._predictions, seconds, ahead, _LEAST_VALUE))
+
+    @staticmethod
+    def propose_together(
+        drafters: "Sequence[MergedDrafter]", contexts: Sequence[Context], budget: int
+    ) -> list[Draft]:
+        """`propose` for sequences that share a step, side by side on a few threads."""
+        first, module = drafters[0], drafting_part()
+        if len({drafter._kind for drafter in drafters}) > 1 or first._rates.native is None:
+            return [
+                drafter.propose(context, budget) for drafter, context in zip(drafters, contexts, strict=True)
+            ]
+        asked = []
+        for drafter, context in zip(drafters, contexts, strict=True):
+            drafter._wake(context)
+            asked.append((drafter._guesses, context.tokens, drafter._predictions))
+        limits = first._limits(contexts[0].batch, budget)
+        planned = module.draft_together(asked, *limits, _LEAST_VALUE, _threads())
+        return [drafter._drafted(one) for drafter, one in zip(drafters, planned, strict=True)]
+
+    def _wake(self, context: Context) -> None:
         if self._ahead is not None and len(context.tokens) != self._observed:
             self._ahead.forget()  # it has rested
-        guesses.extend(context.tokens[len(guesses) :])
+
+    def _limits(self, batch: int, budget: int) -> tuple[int, float, np.ndarray | None, int]:
+        """The most rows, the least chance of one, a step's seconds by its rows, and the most look-ahead rows below one."""
         # A budget of the user's is obeyed; the measured cost only reaches as far as it was measured.
-        cost = self._cost if self._budget is None else None
-        if cost is not None and self.governor is not None:
-            cost = self.governor.calibrate(cost)
-        most = min(budget, self._budget or budget)
-        if cost is not None:
-            most = min(most, cost.most_rows // context.batch - 1)
-        least = 0.0 if cost is None else _LEAST_CHANCE
-        seconds = None if cost is None else cost.table(max(most, 0), context.batch)
-        ahead = 0 if self._ahead is None else min(len(self._ahead), _MOST_POSITIONS)
-        planned = guesses.draft(most, least, self._predictions, seconds, ahead, _LEAST_VALUE)
+        if self._cost is None or self._budget is not None:
+            return min(budget, self._budget or budget), 0.0, None, self._most_ahead
+        cost = self._cost if self.governor is None else self.governor.calibrate(self._cost)
+        most = min(budget, cost.most_rows // batch - 1)
+        return most, _LEAST_CHANCE, cost.table(max(most, 0), batch), self._most_ahead
+
+    def _drafted(self, planned: Drafted) -> Draft:
         draft = PlannedDraft(planned, () if self._ahead is None else self._ahead.vectors, self._top_k)
         if self._ahead is not None:
             self._ahead.begin(draft)
@@ -104,7 +140,10 @@ class MergedDrafter:
 
     @property
     def _predictions(self) -> list[list[int]]:
-        return [] if self._ahead is None else self._ahead.predictions[:_MOST_POSITIONS]
+        if self._ahead is None:
+            return []
+        predictions = self._ahead.predictions
+        return predictions if len(predictions) <= _MOST_POSITIONS else predictions[:_MOST_POSITIONS]
 
     def observe(self, step: StepObservation) -> None:
         """Count which guesses came true along the accepted path, then remember all rows' successors."""

@@ -67,7 +67,7 @@ class LookAheadRows:
         if draft is self._draft:  # else it was clipped: the context's end is near
             node = step.accepted[-1] if step.accepted else ROOT
             chain = draft.chain(node) if isinstance(draft, PlannedDraft) else self._chains.get(node, ())
-        self.predictions = step.candidates(chain, self.candidates)
+        self.predictions = step.candidates(chain, self.candidates) if chain else []
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,10 @@ class Drafter(Protocol):
     `propose` may return a `Draft` or plain lists of tokens. A draft that is clipped at the context limit is
     observed as clipped (`step.draft` is then another object than was proposed).
 
-    A drafter may have two things more. `close()` gives back what it holds when its sequence ends. `governor`, which the
-    sequences that share steps share, rests it where its drafts lose: it neither proposes nor observes then.
+    A drafter may have three things more. `propose_together(drafters, contexts, budget)`, a static method, is `propose` for
+    several sequences of a step, where a device waits for it. `close()` gives back what it holds when its sequence ends.
+    `governor`, which the sequences that share steps share, rests it where its drafts lose: it neither proposes nor observes
+    then.
     """
 
     def begin(self, prompt: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from shoestring.engine.native_part import native_part
 
-__all__ = ["SOURCES", "AcceptanceRates", "Agreement", "Guess", "drafting_part"]
+__all__ = ["MOST_CERTAIN", "SOURCES", "AcceptanceRates", "Agreement", "Guess", "drafting_part"]
 
 Guess = tuple[str, int, int]
 """A kind of guess: source, length of the context that it matched (PaSS: position), rank among that source's guesses.
@@ -17,7 +17,8 @@ context gave some too, 3 more.
 
 SOURCES = ("ngram", "recycle", "pass", "only pass", "datastore")
 
-_MOST_CERTAIN = 0.97  # a chance that sources which agree make it
+MOST_CERTAIN = 0.97
+"""The most that a guessed token's chance is, however many sources agree."""
 
 # By length, from 0. "only pass": a token that PaSS alone foresaw, whether or not the tokens before it were drafted.
 _FIRST = MappingProxyType(
@@ -33,7 +34,7 @@ _FIRST = MappingProxyType(
 
 def drafting_part() -> Any:
     """The native part, where it drafts as the plain twin of this version does."""
-    return native_part("Guesses", "Datastore", "Drafted")
+    return native_part("Guesses", "Datastore", "Drafted", "draft_together")
 
 
 class AcceptanceRates:
@@ -93,7 +94,7 @@ class Agreement:
     def corrected(self, chance: float, source: str, others: int) -> float:
         """The chance of a token whose best guess is a source's, where so many others guess it too."""
         hits, expected = self._of(source, others)
-        return min(_MOST_CERTAIN, chance * (hits / expected))
+        return min(MOST_CERTAIN, chance * (hits / expected))
 
     def observe(self, chance: float, source: str, others: int, hit: bool) -> None:
         """Count a token that was put to the test."""
